@@ -1,0 +1,34 @@
+"""Exact meta-gradients in bounded memory for PyTorch."""
+
+from . import memory as memory
+from . import tasks as tasks
+from .adapt import Adapted as Adapted
+from .adapt import adapt as adapt
+from .adjoints import Adjoint as Adjoint
+from .adjoints import FirstOrder as FirstOrder
+from .adjoints import Solution as Solution
+from .adjoints import Stepwise as Stepwise
+from .adjoints import Unrolled as Unrolled
+from .algorithms import maml as maml
+from .errors import CaptureError as CaptureError
+from .errors import InputError as InputError
+from .errors import MemmetaError as MemmetaError
+from .errors import NonFiniteError as NonFiniteError
+from .errors import ReplayError as ReplayError
+from .errors import UnsupportedError as UnsupportedError
+from .learner import AdaptedModel as AdaptedModel
+from .learner import MetaGradient as MetaGradient
+from .learner import MetaLearner as MetaLearner
+from .optimizers import SGD as SGD
+from .optimizers import Adam as Adam
+from .optimizers import AdamW as AdamW
+from .optimizers import InnerOptimizer as InnerOptimizer
+from .optimizers import RMSprop as RMSprop
+from .problem import Problem as Problem
+from .problem import Supervised as Supervised
+from .problem import accuracy as accuracy
+from .report import Report as Report
+from .report import TaskScore as TaskScore
+from .tasks import Address as Address
+from .tasks import Task as Task
+from .tasks import TaskSource as TaskSource

@@ -1,0 +1,82 @@
+"""The contract of an adjoint: a way to differentiate the result of an inner loop."""
+
+from __future__ import annotations
+
+import abc
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+
+from torch import Tensor
+
+from ..rollout import Leaves, Rollout
+from ..trees import Tensors
+
+Along = Callable[[int, Tensors, Tensors], "Tensors | None"]
+"""along(t, params, buffers): the gradient of the outer loss's term at step t with respect to the parameters there
+(already weighted), or None where it has no term. It is called at most once for each t in 1..T-1, in any order, with
+the state *before* step t; the caller keeps the term's value and its other gradients."""
+
+
+@dataclass(frozen=True)
+class Solution:
+    """The end of an inner loop, and the way back.
+
+    Attributes:
+        params: the adapted parameters theta_T. Without a graph, unless the adjoint keeps one (``Unrolled``).
+        buffers: the buffers after the last step.
+        losses: the inner loss before each step, T tensors of shape () or (C,), without a graph.
+        pullback: takes the cotangent of ``params`` (the gradient of the outer loss with respect to theta_T) and gives
+            the meta-gradient of every leaf that requires grad, including what came ``along``. It may be called again.
+        status: what an inexact or iterative method has to say of its result (a residual, a number of iterations).
+    """
+
+    params: Tensors
+    buffers: Tensors
+    losses: list[Tensor]
+    pullback: Callable[[Tensors], Leaves]
+    status: Mapping[str, float] = field(default_factory=dict)
+
+
+class Adjoint(abc.ABC):
+    """A way to differentiate the result of an inner loop: a small frozen object with one abstract method.
+
+    ``run`` gets a rollout (the inner loop as pure functions of time and state) and gives back its end and its
+    pullback. It is free to keep everything (``Unrolled``), snapshots (``Stepwise``), tangents carried along (a forward
+    mode), what makes a step invertible (reversible learning), or nothing (an implicit method solves at the end).
+
+    The contract:
+
+    - ``solution.pullback(v)`` is v^T d theta_T / d leaf for every leaf of ``rollout.leaves`` that requires grad, plus
+      for each t that ``along`` gives a cotangent v_t for, v_t^T d theta_t / d leaf. Leaves that the result does not
+      depend on get zeros. An adjoint that is not exact says so in ``exact``.
+    - ``along`` is called at most once for each t in 1..T-1, with theta_t and the buffers before step t; a method that
+      carries tangents forward calls it on the way there, one that walks back on the way back.
+    - Steps are run by ``rollout.advance`` or ``rollout.gradient`` and ``rollout.rule`` alone, so that random numbers
+      and buffers are replayed; nothing else than what it documents is alive between steps.
+    - What it can't do it refuses at construction, or in ``run`` before the first step, with an error that names the
+      remedy.
+    """
+
+    exact: bool = True
+
+    @abc.abstractmethod
+    def run(self, rollout: Rollout, along: Along | None) -> Solution:
+        """Run the inner loop of ``rollout`` and say how to pull a cotangent back through it.
+
+        Called, as the pullback is, inside ``rollout.session()``.
+
+        Raises:
+            UnsupportedError: the rollout has something that this method can't differentiate.
+            ReplayError: (from the pullback) a step gave another loss when it was run again.
+        """
+
+    def solve(self, rollout: Rollout, along: Along | None = None) -> Solution:
+        """``run`` under the rollout's conditions (autograd mode, random numbers, autocast), and so its pullback."""
+        with rollout.session():
+            solution = self.run(rollout, along)
+
+        def pullback(cotangent: Tensors) -> Leaves:
+            with rollout.session():
+                return solution.pullback(cotangent)
+
+        return replace(solution, pullback=pullback)

@@ -1,0 +1,57 @@
+"""The reference: keep the graph of the whole inner loop."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .. import trees
+from ..rollout import Leaves, Rollout, State
+from ..trees import Tensors
+from .base import Adjoint, Along, Solution
+from .operators import named_operators
+
+
+@dataclass(frozen=True)
+class Unrolled(Adjoint):
+    """Differentiates through the graph of all T steps, as learn2learn, higher and TorchOpt do.
+
+    Memory: T graphs, each with its double backward. Time: the least of all for small T, as nothing is computed twice.
+    Exact, and differentiable again (``mm.adapt`` returns parameters with their graph). Not recommended beyond a few
+    steps of a small network; it is here as the reference that the others are compared to.
+    """
+
+    def run(self, rollout: Rollout, along: Along | None) -> Solution:
+        state = rollout.start()
+        # What is drawn anew has no gradient of its own, but an inner gradient all the same.
+        first = {n: p if p.requires_grad else p.detach().requires_grad_() for n, p in state.params.items()}
+        state, losses, terms = state._replace(params=first), [], []
+        for t in range(rollout.steps):
+            if along is not None and t > 0:
+                term = along(t, trees.detach(state.params), state.buffers)
+                terms += [] if term is None else [(state.params, term)]
+            loss, grads, buffers = rollout.gradient(t, state.params, rollout.leaves.meta, state.buffers, True)
+            losses.append(loss)
+            params, slots = rollout.rule(t, state.params, grads, state.slots, rollout.leaves.hyper)
+            state = State(params, slots, buffers)
+
+        def pullback(cotangent: Tensors) -> Leaves:
+            return _pull([*terms, (state.params, cotangent)], rollout.leaves)
+
+        return Solution(state.params, state.buffers, losses, pullback)
+
+
+def _pull(terms: list[tuple[Tensors, Tensors]], leaves: Leaves) -> Leaves:
+    pairs = [(p[n], v[n]) for p, v in terms for n in p if p[n].requires_grad]
+    groups = [{n: group[n] for n in trees.wanted(group)} for group in leaves]
+    inputs: list[Tensor] = [leaf for group in groups for leaf in group.values()]
+    if not pairs or not inputs:
+        return leaves.zeros()
+    with named_operators():
+        found = torch.autograd.grad(
+            [p for p, _ in pairs], inputs, [v for _, v in pairs], retain_graph=True, materialize_grads=True
+        )
+    grads = iter(found)
+    return Leaves(*({name: next(grads) for name in group} for group in groups))

@@ -1,0 +1,3 @@
+"""Published methods, each a thin factory."""
+
+from .maml import maml as maml

@@ -1,0 +1,47 @@
+"""MAML (Finn, Abbeel, Levine 2017)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ..adjoints import Adjoint
+from ..learner import MetaLearner
+from ..optimizers import InnerOptimizer
+from ..problem import Problem, Selection, Supervised, accuracy
+
+Metric = Callable[[Tensor, Tensor], Tensor]
+
+
+def maml(
+    net: nn.Module,
+    *,
+    loss: Callable[[Tensor, Tensor], Tensor],
+    optimizer: InnerOptimizer,
+    steps: int,
+    adapt: Selection = "all",
+    metrics: Mapping[str, Metric] | None = None,
+    adjoint: Adjoint | None = None,
+    step_weights: Sequence[float] | None = None,
+) -> MetaLearner:
+    """Model-agnostic meta-learning: learn the initial parameters theta from which alpha-steps on a task's support set
+    reach a low loss on its query set; min_theta sum_i L_i(U^T_i(theta)).
+
+    Args:
+        net: f_theta; ``net(inputs)`` gives the prediction, inputs of shape (n, ...).
+        loss: ``loss(prediction, target) -> scalar``, for support and query; a mean over examples.
+        optimizer: the inner update rule, in the paper ``mm.SGD(lr=alpha)``.
+        steps: T, the number of inner steps.
+        adapt: what the inner loop changes, see ``mm.Problem``; the rest is meta-learned as it is.
+        metrics: ``{"name": metric(prediction, target) -> scalar}``; accuracy for ``F.cross_entropy`` if not given.
+        adjoint: how to differentiate; exact and stepwise if not given, ``mm.FirstOrder()`` is FOMAML.
+        step_weights: weights of the outer loss after each step; the last alone if not given.
+
+    Source: https://arxiv.org/abs/1703.03400.
+    """
+    if metrics is None:
+        metrics = {"accuracy": accuracy} if loss is F.cross_entropy or isinstance(loss, nn.CrossEntropyLoss) else {}
+    problem = Problem(net, Supervised(loss), Supervised(loss, metrics), adapt)
+    return MetaLearner(problem, optimizer=optimizer, steps=steps, adjoint=adjoint, step_weights=step_weights)

@@ -1,0 +1,191 @@
+"""Episode: one task, or a stack of tasks, under a problem: its inner loop, its outer loss, its meta-gradient."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import trees
+from .adjoints import Adjoint
+from .capture import refuse_captured
+from .microbatch import Microbatch
+from .optimizers import InnerOptimizer
+from .problem import Problem
+from .randomness import mixed, replayed_random_state, seed_generators
+from .rollout import Autocast, Leaves, Rollout, State, copied
+from .stacking import mapped, stack, stack_params
+from .tasks.base import Task
+from .trees import Tensors
+
+_DRAW, _OUTER = 1 << 40, (1 << 41,)  # places of random numbers that no inner step has
+
+
+@dataclass(frozen=True)
+class Score:
+    """Outer losses and metrics of C tasks, each of shape (C,)."""
+
+    loss: Tensor
+    metrics: Tensors
+
+    def items(self, suffix: str = "") -> dict[str, Tensor]:
+        """All values by name."""
+        return {f"loss{suffix}": self.loss, **{f"{name}{suffix}": value for name, value in self.metrics.items()}}
+
+
+class Episode:
+    """C tasks with their seeds under one problem and inner optimiser; stacked if C > 1.
+
+    Holds no graph. Its methods give new tensors; the learner's parameters and buffers are read, never changed.
+    """
+
+    def __init__(
+        self,
+        problem: Problem,
+        optimizer: InnerOptimizer,
+        steps: int,
+        tasks: Sequence[Task],
+        seeds: Sequence[int],
+        microbatch: int | None = None,
+        inspect: bool = False,
+    ) -> None:
+        self.stacked = len(tasks) > 1
+        self.query = stack([task.query for task in tasks], "query set") if self.stacked else tasks[0].query
+        support = stack([task.support for task in tasks], "support set") if self.stacked else tasks[0].support
+        self._outer = mapped(problem.outer) if self.stacked else problem.outer
+        starts = [_start(problem, seed) for seed in seeds]
+        params, buffers = starts[0], problem.buffers()
+        if self.stacked:
+            trainable = {name: p.requires_grad for name, p in params.items()}
+            params = {name: p.requires_grad_(trainable[name]) for name, p in stack_params(starts).items()}
+            buffers = stack_params([buffers] * len(tasks))
+        device = next(iter(params.values())).device
+        self.rollout = Rollout(
+            loss=mapped(problem.inner) if self.stacked else problem.inner,
+            batches=[support] * steps,
+            rule=optimizer.bind(starts[0], steps),
+            leaves=Leaves(params, dict(problem.meta()), optimizer.hyperparameters()),
+            buffers=buffers,
+            seed=None if self.stacked else seeds[0],
+            microbatch=Microbatch(microbatch, problem.reduction, self.stacked),
+            inspect=inspect,
+            autocast=Autocast.current(device),
+        )
+        if inspect and microbatch is not None:
+            self._verify_microbatches()
+
+    def meta_gradient(self, adjoint: Adjoint, weights: Sequence[float]) -> tuple[Leaves, Score, list[Tensor]]:
+        """The sum over the C tasks of the gradients of sum_t weights[t-1] F(theta_t).
+
+        Returns:
+            The gradient by leaf (without the leading dimension); the weighted outer losses with the metrics after the
+            last step; the inner losses, T tensors of shape () or (C,).
+        """
+        rollout, final = self.rollout, weights[-1]
+        direct, terms = rollout.leaves.zeros(), []
+
+        def along(t: int, params: Tensors, buffers: Tensors) -> Tensors | None:
+            if weights[t - 1] == 0:
+                return None
+            score, cotangent = self._outer_gradient(t, params, buffers, weights[t - 1], direct)
+            terms.append(score.loss)
+            return cotangent
+
+        solution = adjoint.solve(rollout, along if any(weights[:-1]) else None)
+        with rollout.session(twice=False):
+            score, cotangent = self._outer_gradient(rollout.steps, solution.params, solution.buffers, final, direct)
+        grads = solution.pullback(cotangent)
+        trees.add_(grads.meta, direct.meta)
+        if self.stacked:
+            grads = grads._replace(params={name: grad.sum(0) for name, grad in grads.params.items()})
+        total = torch.stack([*terms, score.loss]).sum(0)
+        return grads, Score(total, score.metrics), solution.losses
+
+    def states(self) -> list[State]:
+        """The states s_0 .. s_T without graphs: T + 1 copies of what is adapted."""
+        with self.rollout.session():
+            path = [self.rollout.start()]
+            for t in range(self.rollout.steps):
+                path.append(self.rollout.advance(t, path[-1])[1])
+        return path
+
+    def last_state(self) -> State:
+        """The state after the last step, without a graph, nothing else kept."""
+        with self.rollout.session():
+            state = self.rollout.start()
+            for t in range(self.rollout.steps):
+                state = self.rollout.advance(t, state)[1]
+        return state
+
+    def score(self, t: int, state: State) -> Score:
+        """The outer loss and metrics of a state at step t, without a graph."""
+        rollout = self.rollout
+        with rollout.session(twice=False), torch.no_grad():
+            return self._pieced(t, lambda *piece: piece, state.params, rollout.leaves.meta, state.buffers)
+
+    def _outer_gradient(
+        self, t: int, params: Tensors, buffers: Tensors, weight: float, into: Leaves
+    ) -> tuple[Score, Tensors]:
+        """The weighted outer loss at theta_t, and its gradient there; adds that of meta to ``into``."""
+        params, meta = trees.leaves(params), trees.cut(self.rollout.leaves.meta)
+        names, sums = list(into.meta), trees.zeros_like(params)
+
+        def differentiate(loss: Tensor, metrics: Tensors) -> tuple[Tensor, Tensors]:
+            loss = loss * weight
+            if self.rollout.inspect:
+                refuse_captured(loss, "outer loss", params, meta)
+            if loss.requires_grad:
+                inputs = [*params.values(), *(meta[name] for name in names)]
+                found = torch.autograd.grad(loss.sum(), inputs, materialize_grads=True)
+                trees.add_(sums, dict(zip(params, found, strict=False)))
+                trees.add_(into.meta, dict(zip(names, found[len(params) :], strict=True)))
+            return loss.detach(), metrics
+
+        return self._pieced(t, differentiate, params, meta, buffers), sums
+
+    def _pieced(
+        self,
+        t: int,
+        each: Callable[[Tensor, Tensors], tuple[Tensor, Tensors]],
+        params: Tensors,
+        meta: Tensors,
+        buffers: Tensors,
+    ) -> Score:
+        """The outer loss in microbatches, ``each`` applied to one's weighted loss before the next is begun."""
+        microbatch, loss, metrics = self.rollout.microbatch, None, {}
+        n = microbatch.pieces(self.query)
+        for piece in range(n):
+            self.rollout.reseed(t, piece, *_OUTER)
+            batch, weight = microbatch.piece(self.query, piece)
+            value, extra = self._outer(params, meta, copied(buffers), batch)
+            value, extra = each(value * weight if n > 1 else value, extra)
+            share = microbatch.share(self.query, piece)  # metrics are means whatever the loss is
+            loss = value if loss is None else loss + value
+            metrics = {name: metrics.get(name, 0.0) + x * share for name, x in extra.items()}
+        assert loss is not None
+        return Score(loss, metrics)
+
+    def _verify_microbatches(self) -> None:
+        rollout = self.rollout
+        rollout.verify_microbatches()
+        params, meta = trees.detach(rollout.leaves.params), trees.detach(rollout.leaves.meta)
+        precision = rollout.autocast.precision(next(iter(params.values())).dtype)
+
+        def outer(batch: Any) -> Tensor:
+            return self._outer(params, meta, copied(rollout.buffers), batch)[0]
+
+        with rollout.session():
+            rollout.reseed(0)
+            rollout.microbatch.verify(outer, self.query, "outer loss", precision)
+
+
+def _start(problem: Problem, seed: int) -> Tensors:
+    if not problem.redraw:
+        return problem.start()
+    device = next(problem.net.parameters()).device
+    with replayed_random_state(device):
+        seed_generators(mixed(seed, _DRAW), device)
+        return problem.start()

@@ -1,0 +1,384 @@
+"""MetaLearner: accumulate the meta-gradient of tasks, adapt to one, evaluate on held-out ones."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from . import memory, trees
+from .adapt import Adapted, attach
+from .adjoints import Adjoint, Stepwise
+from .episode import Episode
+from .errors import InputError, NonFiniteError
+from .optimizers import InnerOptimizer
+from .problem import Problem
+from .randomness import drawn_seed, mixed
+from .report import Report, TaskScore
+from .rollout import Leaves
+from .stacking import per_task
+from .tasks.base import Address, Task
+from .trees import Tensors
+
+AnyTask = Task | Sequence[Any]
+OnNonFinite = Literal["raise", "skip"]
+
+
+@dataclass(frozen=True)
+class MetaGradient:
+    """The sum of the meta-gradients of ``count`` tasks, by name of meta-parameter, and the report on them."""
+
+    sums: Tensors
+    count: int
+    report: Report
+
+
+@dataclass(frozen=True)
+class AdaptedModel(Adapted):
+    """An adapted network: call it like the network. ``params`` are differentiable, see ``mm.adapt``."""
+
+    net: nn.Module | None = None
+    buffers: Tensors | None = None
+
+    def __call__(self, *inputs: Any, **options: Any) -> Any:
+        """The network's output with the adapted weights; its buffers stay as they are."""
+        assert self.net is not None
+        buffers = {name: buffer.clone() for name, buffer in (self.buffers or {}).items()}
+        return functional_call(self.net, {**self.params, **buffers}, inputs, options)
+
+
+@dataclass(frozen=True)
+class _Options:
+    """How a meta-batch is worked through; checked once."""
+
+    chunk: int
+    microbatch: int | None
+    seed: int | None
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.chunk, int) or self.chunk < 1:
+            raise InputError(f"chunk={self.chunk!r}: write how many tasks are stacked, at least 1")
+
+
+class MetaLearner(nn.Module):
+    """A problem, an inner optimiser and a way to differentiate: meta-gradients in bounded memory.
+
+    Its parameters are the meta-parameters: those of the network, and the tensors that require grad among the inner
+    optimiser's hyperparameters (as parameters that share their memory, ``learner.hyper``).
+
+    Args:
+        problem: the network, its losses, and what is adapted.
+        optimizer: the inner update rule.
+        steps: T, the number of inner steps.
+        adjoint: how to differentiate; ``Stepwise()`` if not given.
+        step_weights: w_1 .. w_T, the weights of the outer loss after each inner step (MAML++'s multi-step loss); only
+            the last step's, with weight 1, if not given. May be assigned between calls.
+
+    Raises:
+        InputError: fewer than zero steps, other than T weights, hyperparameters that do not fit the parameters.
+    """
+
+    def __init__(
+        self,
+        problem: Problem,
+        *,
+        optimizer: InnerOptimizer,
+        steps: int,
+        adjoint: Adjoint | None = None,
+        step_weights: Sequence[float] | None = None,
+    ) -> None:
+        super().__init__()
+        if not isinstance(steps, int) or steps < 1:
+            raise InputError(f"steps={steps!r}: write the number of inner steps, at least 1")
+        self.net = problem.net
+        self.problem = problem
+        self.steps = steps
+        self.adjoint = Stepwise() if adjoint is None else adjoint
+        self.step_weights = step_weights
+        optimizer.bind(problem.adapted(), steps)
+        self._optimizer = optimizer
+        self.hyper = nn.ParameterDict(
+            {_key(name): _parameter(tensor) for name, tensor in optimizer.hyperparameters().items()}
+        )
+        self._weights()
+
+    @property
+    def optimizer(self) -> InnerOptimizer:
+        """The inner update rule, with the learner's own parameters as its tensors."""
+        names = self._optimizer.hyperparameters()
+        return self._optimizer.replaced({name: self.hyper[_key(name)] for name in names}) if names else self._optimizer
+
+    def meta_parameters(self) -> dict[str, nn.Parameter]:
+        """The parameters that receive meta-gradients, by name in ``named_parameters()``; tied ones once."""
+        redrawn = self.problem.draws()
+        names = [f"net.{name}" for name in self.problem.trainable() if name not in redrawn]
+        params = dict(self.named_parameters())
+        return {
+            name: params[name]
+            for name in (*names, *(f"hyper.{key}" for key in self.hyper))
+            if params[name].requires_grad
+        }
+
+    def accumulate(
+        self,
+        tasks: Iterable[AnyTask],
+        chunk: int = 1,
+        microbatch: int | None = None,
+        *,
+        before: bool = False,
+        on_nonfinite: OnNonFinite = "raise",
+        seed: int | None = None,
+        count_bytes: bool = False,
+    ) -> Report:
+        """Add the mean meta-gradient of ``tasks`` into ``.grad`` of the meta-parameters: this library's ``backward()``.
+
+        One task (or chunk) is alive at a time: its graphs are released before the next is begun, so the memory does
+        not depend on the number of tasks. The gradient depends on the tasks, their seeds and the parameters alone.
+        Nothing is added if an error is raised.
+
+        Args:
+            tasks: ``Task``s or pairs (support, query), B of them; an iterator is read one chunk at a time.
+            chunk: how many tasks are stacked and run together: faster for small networks, in the memory of so many.
+            microbatch: examples of a support or query set per pass; exact, refused where batch statistics make it not.
+            before: also report the query loss and metrics before adaptation (one more forward).
+            on_nonfinite: "raise", or "skip": tasks with a loss or gradient that is not finite are left out of sum and
+                count, and reported.
+            seed: of the random numbers in the losses; by default from a task's address, or for a task without one
+                from torch's global generator.
+            count_bytes: on the CPU, count live tensor bytes for ``report.peak_bytes`` (slower; CUDA has it always).
+
+        Raises:
+            InputError: options or tasks that can't be used.
+            NonFiniteError: with the task's address.
+            CaptureError, UnsupportedError, ReplayError: see ``mm.adapt``.
+        """
+        result = self.meta_gradient(
+            tasks, chunk, microbatch, before=before, on_nonfinite=on_nonfinite, seed=seed, count_bytes=count_bytes
+        )
+        if result.count:
+            params = self.meta_parameters()
+            for name, total in result.sums.items():
+                mean, param = total.div_(result.count), params[name]
+                param.grad = mean if param.grad is None else param.grad.add_(mean)
+        return result.report
+
+    def meta_gradient(
+        self,
+        tasks: Iterable[AnyTask],
+        chunk: int = 1,
+        microbatch: int | None = None,
+        *,
+        before: bool = False,
+        on_nonfinite: OnNonFinite = "raise",
+        seed: int | None = None,
+        count_bytes: bool = False,
+    ) -> MetaGradient:
+        """The sum of the meta-gradients of ``tasks`` and their number, ``.grad`` left alone; see ``accumulate``."""
+        options = _Options(chunk, microbatch, seed)
+        params = self.meta_parameters()
+        sums, scores, skipped = trees.zeros_like(trees.detach(params)), [], []
+        with memory.peak(self._device(), count_bytes) as peak:
+            for group in self._chunks(tasks, options):
+                for part in self._accumulate_chunk(group, options, before, on_nonfinite, sums, inspect=not scores):
+                    (scores if part.finite else skipped).append(part.score)
+            report = Report(tuple(scores), tuple(skipped), peak())
+        if not scores and not skipped:
+            raise InputError("there are no tasks to accumulate: give at least one")
+        return MetaGradient(sums, len(scores), report)
+
+    def adapt(
+        self,
+        support: Any,
+        *,
+        adjoint: Adjoint | None = None,
+        steps: int | None = None,
+        microbatch: int | None = None,
+        seed: int | None = None,
+    ) -> AdaptedModel:
+        """The network adapted to a support set; differentiable through the inner loop unless under ``no_grad``.
+
+        ``F.cross_entropy(adapted(x), y).backward()`` reaches the meta-parameters, in the memory of the adjoint.
+        """
+        options = _Options(1, microbatch, drawn_seed() if seed is None else seed)
+        group = list(_placed([Task(support, support)], options.seed))
+        episode = self._episode(group, options, self._steps(steps), inspect=True)
+        rollout = episode.rollout
+        solution = (self.adjoint if adjoint is None else adjoint).solve(rollout)
+        params = attach(solution, rollout.leaves)
+        return AdaptedModel(params, solution.losses, solution.status, self.net, solution.buffers)
+
+    def evaluate(
+        self,
+        tasks: Iterable[AnyTask],
+        *,
+        steps: int | None = None,
+        chunk: int = 1,
+        seed: int | None = None,
+        curve: bool = False,
+    ) -> Report:
+        """Adapt to each task and score it on its query set, before and after; no meta-gradient.
+
+        The modules' modes are used as they are: batch norm in training mode normalises a query set by its own
+        statistics (the transductive setting of MAML), in evaluation mode by the running statistics.
+
+        Args:
+            tasks: ``Task``s or pairs (support, query).
+            steps: inner steps, as many as in training if not given.
+            chunk: how many tasks are stacked.
+            seed: as in ``accumulate``.
+            curve: also report ``loss@t`` and the metrics after each step t = 0..T.
+        """
+        options, scores = _Options(chunk, None, seed), []
+        for group in self._chunks(tasks, options):
+            episode = self._episode(group, options, self._steps(steps), inspect=False)
+            rollout = episode.rollout
+            path = episode.states() if curve else [rollout.start(), episode.last_state()]
+            places = range(len(path)) if curve else (0, rollout.steps)
+            each = [episode.score(t, state) for t, state in zip(places, path, strict=True)]
+            values = {**each[-1].items(), **each[0].items("_before")}
+            if curve:
+                for t, score in enumerate(each):
+                    values.update(score.items(f"@{t}"))
+            scores += _scores(group, values)
+        if not scores:
+            raise InputError("there are no tasks to evaluate: give at least one")
+        return Report(tuple(scores))
+
+    def _accumulate_chunk(
+        self,
+        group: list[_Placed],
+        options: _Options,
+        before: bool,
+        on_nonfinite: OnNonFinite,
+        sums: Tensors,
+        inspect: bool,
+    ) -> Iterator[_Part]:
+        """Add one chunk's gradient to ``sums``; a chunk that is not finite is taken task by task."""
+        episode = self._episode(group, options, self.steps, inspect)
+        first = episode.score(0, episode.rollout.start()).items("_before") if before else {}
+        grads, score, losses = episode.meta_gradient(self.adjoint, self._weights())
+        scores = _scores(group, {**score.items(), **first})
+        # One meeting with the device per chunk: losses and gradients together.
+        if all(math.isfinite(s.values["loss"]) for s in scores) and _finite(grads):
+            trees.add_(sums, self._named(grads))
+            yield from (_Part(s, True) for s in scores)
+        elif len(group) > 1:
+            del episode, grads
+            for placed in group:
+                yield from self._accumulate_chunk([placed], options, before, on_nonfinite, sums, inspect)
+        elif on_nonfinite == "skip":
+            yield _Part(scores[0], False)
+        else:
+            raise _non_finite(group[0], scores[0], losses)
+
+    def _episode(self, group: list[_Placed], options: _Options, steps: int, inspect: bool) -> Episode:
+        tasks = [placed.task for placed in group]
+        seeds = [placed.seed for placed in group]
+        return Episode(self.problem, self.optimizer, steps, tasks, seeds, options.microbatch, inspect)
+
+    def _named(self, grads: Leaves) -> Tensors:
+        """Gradients by name of meta-parameter."""
+        net = {f"net.{name}": grad for group in (grads.params, grads.meta) for name, grad in group.items()}
+        return {**net, **{f"hyper.{_key(name)}": grad for name, grad in grads.hyper.items()}}
+
+    def _chunks(self, tasks: Iterable[AnyTask], options: _Options) -> Iterator[list[_Placed]]:
+        # Dropping the previous chunk before the next one is made keeps one alive.
+        source = iter(_placed(tasks, options.seed))
+        while group := list(itertools.islice(source, options.chunk)):
+            yield group
+            del group
+
+    def _steps(self, steps: int | None) -> int:
+        return self.steps if steps is None else steps
+
+    def _weights(self) -> list[float]:
+        if self.step_weights is None:
+            return [0.0] * (self.steps - 1) + [1.0]
+        weights = [float(weight) for weight in self.step_weights]
+        if len(weights) != self.steps:
+            raise InputError(f"step_weights has {len(weights)} weights for {self.steps} inner steps: give one for each")
+        return weights
+
+    def _device(self) -> torch.device:
+        return next(self.net.parameters()).device
+
+
+@dataclass(frozen=True)
+class _Placed:
+    """A task with its position in the meta-batch and its seed."""
+
+    task: Task
+    index: int
+    seed: int
+
+
+@dataclass(frozen=True)
+class _Part:
+    score: TaskScore
+    finite: bool
+
+
+def _placed(tasks: Iterable[AnyTask], seed: int | None) -> Iterator[_Placed]:
+    for index, given in enumerate(tasks):
+        task = _task(given)
+        if task.address is not None:
+            chosen = mixed(0 if seed is None else seed, *task.address)
+        else:
+            chosen = drawn_seed() if seed is None else mixed(seed, index)
+        yield _Placed(task, index, chosen)
+
+
+def _task(given: AnyTask) -> Task:
+    if isinstance(given, Task):
+        return given
+    if isinstance(given, Sequence) and len(given) == 2:
+        return Task(given[0], given[1])
+    raise InputError(f"a task must be a mm.Task or a pair (support, query), got {type(given).__name__}")
+
+
+def _scores(group: list[_Placed], values: dict[str, Tensor]) -> list[TaskScore]:
+    columns = {name: per_task(value) for name, value in values.items()}
+    return [
+        TaskScore(placed.task.address, {name: column[i] for name, column in columns.items()})
+        for i, placed in enumerate(group)
+    ]
+
+
+def _finite(grads: Leaves) -> bool:
+    # x - x is 0 for finite numbers and NaN for all others, and so is the sum.
+    leaves = [leaf for group in grads for leaf in group.values()]
+    return not leaves or bool(torch.stack([(leaf - leaf).sum().double() for leaf in leaves]).sum() == 0)
+
+
+def _non_finite(placed: _Placed, score: TaskScore, losses: list[Tensor]) -> NonFiniteError:
+    address: Address | None = placed.task.address
+    name = f"task {placed.index} of the meta-batch" if address is None else str(address)
+    inner = [per_task(loss)[0] for loss in losses]
+    bad = next((t for t, loss in enumerate(inner) if not math.isfinite(loss)), None)
+    where = (
+        "its meta-gradient is not finite"
+        if math.isfinite(score.values["loss"])
+        else f"its outer loss is {score.values['loss']}"
+    )
+    if bad is not None:
+        where = f"its inner loss is {inner[bad]} at inner step {bad}"
+    return NonFiniteError(
+        f"{name}: {where}; a smaller inner learning rate often helps, or on_nonfinite='skip' leaves such tasks out",
+        address,
+        placed.index,
+    )
+
+
+def _key(name: str) -> str:
+    """A hyperparameter's name without dots, which torch keeps for submodules."""
+    return name.replace(".", "/")
+
+
+def _parameter(tensor: Tensor) -> nn.Parameter:
+    return tensor if isinstance(tensor, nn.Parameter) else nn.Parameter(tensor.detach(), tensor.requires_grad)

@@ -1,0 +1,203 @@
+"""Problem: a network, its inner and outer loss, what is adapted and what is meta-learned."""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from . import trees
+from .errors import InputError
+from .microbatch import Reduction
+from .trees import Tensors
+
+Selection = str | Sequence[str] | Callable[[str, nn.Parameter], bool]
+Draw = Callable[[Tensor], Tensor]
+Outcome = Tensor | tuple[Tensor, Mapping[str, Tensor]]
+NetLoss = Callable[[nn.Module, Any], Outcome]
+
+
+@dataclass(frozen=True, eq=False)
+class Problem:
+    """A bilevel problem on a network.
+
+    Attributes:
+        net: the network. Its parameters that require grad are meta-learned: those adapted through their initial
+            values, the others directly. Frozen ones (``requires_grad=False``) are used and left alone. The modes of its
+            modules (``train()``, ``eval()``) are used as they are, and its buffers are never changed.
+        inner_loss: ``inner_loss(net, batch) -> scalar``, what a task minimises on its support set. ``net`` is the
+            network with the weights of the moment in place: call it, or any of its submodules.
+        outer_loss: ``outer_loss(net, batch) -> scalar`` or ``(scalar, {"accuracy": scalar, ...})``, on the query set;
+            the metrics are means over examples.
+        adapt: what the inner loop changes: "all", names or patterns of parameters or submodules ("head",
+            "blocks.*.bias"), or a predicate ``(name, parameter) -> bool``.
+        redraw: what starts anew in each task instead of from a meta-learned value: patterns to functions
+            ``(parameter) -> tensor`` of the same shape, for instance ``{"context": torch.zeros_like}`` (CAVIA), or
+            ``{"head": lambda p: 0.01 * torch.randn_like(p)}``; they draw from the task's own random numbers.
+        reduction: "mean" or "sum", what the losses do over examples; read where ``microbatch`` is used.
+
+    Raises:
+        InputError: a pattern that matches nothing, or only frozen parameters; nothing to adapt.
+    """
+
+    net: nn.Module
+    inner_loss: NetLoss
+    outer_loss: NetLoss
+    adapt: Selection = "all"
+    redraw: Mapping[str, Draw] = field(default_factory=dict)
+    reduction: Reduction = "mean"
+
+    def __post_init__(self) -> None:
+        self.draws()
+        if not self.adapted():
+            raise InputError("there is nothing to adapt: adapt= selects no parameter that requires grad")
+
+    def adapted(self) -> dict[str, nn.Parameter]:
+        """The parameters that the inner loop changes, by canonical name (tied ones once)."""
+        chosen = self._selected(self.adapt, "adapt=") | self.draws().keys()
+        return {name: p for name, p in self.trainable().items() if name in chosen}
+
+    def meta(self) -> dict[str, nn.Parameter]:
+        """The parameters that the inner loop reads but does not change, and that are meta-learned."""
+        adapted = self.adapted()
+        return {name: p for name, p in self.trainable().items() if name not in adapted}
+
+    def trainable(self) -> dict[str, nn.Parameter]:
+        """All parameters of the network that require grad, tied ones once."""
+        return {name: p for name, p in self.net.named_parameters() if p.requires_grad}
+
+    def draws(self) -> dict[str, Draw]:
+        """The parameters that start anew in each task, each with its function."""
+        return {name: draw for pattern, draw in self.redraw.items() for name in self._selected(pattern, "redraw=")}
+
+    def start(self) -> Tensors:
+        """The initial values of what is adapted: meta-learned parameters, or fresh draws (without a gradient)."""
+        draws, params = self.draws(), self.adapted()
+        return {name: _drawn(name, p, draws[name]) if name in draws else p for name, p in params.items()}
+
+    def buffers(self) -> Tensors:
+        """The network's buffers, as they are."""
+        return dict(self.net.named_buffers())
+
+    def inner(self, params: Tensors, meta: Tensors, buffers: Tensors, batch: Any) -> Tensor:
+        """``inner_loss`` with these weights; changes of buffers go to ``buffers``."""
+        value = self._call(self.inner_loss, params, meta, buffers, batch)
+        return check_scalar(value[0] if isinstance(value, tuple) else value, "inner loss")
+
+    def outer(self, params: Tensors, meta: Tensors, buffers: Tensors, batch: Any) -> tuple[Tensor, Tensors]:
+        """``outer_loss`` with these weights, and its metrics (detached)."""
+        value = self._call(self.outer_loss, params, meta, buffers, batch)
+        loss, metrics = value if isinstance(value, tuple) else (value, {})
+        return check_scalar(loss, "outer loss"), trees.detach(metrics)
+
+    def _call(
+        self, loss: Callable[[nn.Module, Any], Any], params: Tensors, meta: Tensors, buffers: Tensors, batch: Any
+    ) -> Any:
+        values = {f"net.{name}": leaf for tree in (meta, params, buffers) for name, leaf in tree.items()}
+        result = functional_call(_Caller(self.net), values, (loss, batch))
+        for name in buffers:  # functional_call hands back buffers that the forward replaced
+            buffers[name] = values[f"net.{name}"]
+        return result
+
+    def _selected(self, selection: Selection, option: str) -> set[str]:
+        canonical = {id(p): name for name, p in self.net.named_parameters()}
+        every = [(name, p, canonical[id(p)]) for name, p in self.net.named_parameters(remove_duplicate=False)]
+        if callable(selection):
+            return {name for alias, p, name in every if p.requires_grad and selection(alias, p)}
+        chosen: set[str] = set()
+        for pattern in [selection] if isinstance(selection, str) else selection:
+            found = [(p, name) for alias, p, name in every if pattern == "all" or _matches(alias, pattern)]
+            names = {name for p, name in found if p.requires_grad}
+            if not names and pattern != "all":
+                reason = "only frozen parameters (requires_grad=False)" if found else "no parameter"
+                known = ", ".join(name for name, _, _ in every[:8]) + (", ..." if len(every) > 8 else "")
+                raise InputError(f"{option} {pattern!r} matches {reason} of the network: its parameters are {known}")
+            chosen |= names
+        return chosen
+
+
+class _Caller(nn.Module):
+    """Lets a loss see the network with other weights in place, for the time of one call."""
+
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.net = net
+        self.training = net.training
+
+    def forward(self, loss: Callable[[nn.Module, Any], Any], batch: Any) -> Any:
+        return loss(self.net, batch)
+
+
+def _matches(name: str, pattern: str) -> bool:
+    return fnmatch.fnmatchcase(name, pattern) or fnmatch.fnmatchcase(name, f"{pattern}.*")
+
+
+def _drawn(name: str, param: nn.Parameter, draw: Draw) -> Tensor:
+    with torch.no_grad():
+        value = draw(param)
+    if value.shape != param.shape:
+        raise InputError(f"redraw= gave {name} the shape {list(value.shape)}: it must be {list(param.shape)}")
+    return value.detach().to(param).clone()
+
+
+def check_scalar(value: Any, what: str) -> Tensor:
+    """Refuse a loss that is not one number.
+
+    Raises:
+        InputError: with the shape that was got.
+    """
+    if not isinstance(value, Tensor):
+        raise InputError(f"the {what} must be a scalar tensor, got {type(value).__name__}")
+    if value.numel() != 1:
+        raise InputError(f"the {what} must be a scalar, got shape {list(value.shape)}: take its .mean() or .sum()")
+    return value.reshape(())
+
+
+@dataclass(frozen=True)
+class Supervised:
+    """``loss(prediction, target)`` as a loss on a network and a batch ``(inputs, targets)``, with metrics beside it.
+
+    Raises:
+        InputError: (when called) the batch is no pair; targets that are classes which the network has no output for.
+    """
+
+    loss: Callable[[Tensor, Tensor], Tensor]
+    metrics: Mapping[str, Callable[[Tensor, Tensor], Tensor]] = field(default_factory=dict)
+
+    def __call__(self, net: nn.Module, batch: Any) -> Outcome:
+        inputs, targets = _pair(batch)
+        prediction = net(inputs)
+        value = _fitting(self.loss, prediction, targets)
+        if not self.metrics:
+            return value
+        with torch.no_grad():
+            return value, {name: metric(prediction, targets) for name, metric in self.metrics.items()}
+
+
+def accuracy(prediction: Tensor, target: Tensor) -> Tensor:
+    """The share of examples whose largest logit is the target's; prediction (n, classes), target (n,)."""
+    return (prediction.argmax(-1) == target).float().mean()
+
+
+def _pair(batch: Any) -> tuple[Any, Any]:
+    if not isinstance(batch, (tuple, list)) or len(batch) != 2:
+        raise InputError(
+            f"a batch must be a pair (inputs, targets), got {type(batch).__name__}: for other batches write "
+            "mm.Problem(net, inner_loss, outer_loss) with losses (net, batch) -> scalar"
+        )
+    return batch[0], batch[1]
+
+
+def _fitting(loss: Callable[[Tensor, Tensor], Tensor], prediction: Tensor, target: Tensor) -> Tensor:
+    try:
+        return loss(prediction, target)
+    except IndexError as error:
+        raise InputError(
+            f"the task's labels do not fit the network ({error}): it has {prediction.shape[-1]} outputs, so labels "
+            f"must be 0 to {prediction.shape[-1] - 1}; give the network as many outputs as the task has classes"
+        ) from error

@@ -1,0 +1,201 @@
+"""The inner loop as a dynamical system: one inner step as a pure function of its state, and what replays it exactly.
+
+The state before step t is s_t = (parameters, optimiser slots, buffers). A step takes the inner gradient
+g_t = dL(theta_t, eta, b_t)/dtheta and applies the update rule U. Everything that a step reads is in its arguments:
+buffers are copied and handed on, random numbers are drawn from a seed of their own at every step, so that a step
+gives the same bits whenever it is run again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from . import trees
+from .capture import refuse_captured
+from .errors import InputError
+from .microbatch import Microbatch
+from .optimizers import BoundRule
+from .optimizers.base import Slots
+from .randomness import mixed, replayed_random_state, seed_generators
+from .trees import Tensors
+
+Loss = Callable[[Tensors, Tensors, Tensors, Any], Tensor]
+"""loss(params, meta, buffers, batch): a scalar, or one value per stacked task, shape (C,). It may replace or change
+entries of ``buffers``, which is a copy of its own."""
+
+
+class State(NamedTuple):
+    """The state of the inner loop before a step: parameters, optimiser slots, buffers."""
+
+    params: Tensors
+    slots: Slots
+    buffers: Tensors
+
+
+class Leaves(NamedTuple):
+    """What a meta-gradient is taken with respect to, and the meta-gradient itself, by group and name.
+
+    ``params``: the initial values of what is adapted; ``meta``: whatever else the losses read; ``hyper``: the
+    tensors among the inner optimiser's hyperparameters.
+    """
+
+    params: Tensors
+    meta: Tensors
+    hyper: Tensors
+
+    def zeros(self) -> Leaves:
+        """A zero gradient for each leaf that requires grad."""
+        return Leaves(*(trees.zeros_like({n: g[n] for n in trees.wanted(g)}) for g in self))
+
+
+class Autocast(NamedTuple):
+    """The autocast mode that was on when the rollout was made; recomputation must run under the same one."""
+
+    device: str
+    enabled: bool
+    dtype: torch.dtype
+
+    @staticmethod
+    def current(device: torch.device) -> Autocast:
+        kind = device.type
+        if not torch.amp.is_autocast_available(kind):
+            return Autocast("cpu", False, torch.bfloat16)
+        return Autocast(kind, torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind))
+
+    def precision(self, dtype: torch.dtype) -> torch.dtype:
+        """The dtype that matrix products of ``dtype`` are really computed in."""
+        return self.dtype if self.enabled and dtype == torch.float32 else dtype
+
+    def again(self) -> torch.autocast:
+        # Without the cache of casted weights: it would keep a copy of every step's parameters alive.
+        return torch.autocast(self.device, dtype=self.dtype, enabled=self.enabled, cache_enabled=False)
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """T inner steps on one task, or on C stacked tasks whose tensors have a leading dimension C.
+
+    ``batches`` holds one batch per step. ``seed`` is the task's own; None means that nothing random is drawn (stacked
+    tasks). With ``inspect`` each loss is searched for tensors that reach it by closure.
+    """
+
+    loss: Loss
+    batches: Sequence[Any]
+    rule: BoundRule
+    leaves: Leaves
+    buffers: Tensors
+    seed: int | None
+    microbatch: Microbatch
+    inspect: bool
+    autocast: Autocast
+
+    @property
+    def steps(self) -> int:
+        """T, the number of inner steps."""
+        return len(self.batches)
+
+    def start(self) -> State:
+        """The state before the first step: the initial parameters, fresh slots, the buffers as they are."""
+        return State(self.leaves.params, self.rule.start(self.leaves.params), self.buffers)
+
+    @contextlib.contextmanager
+    def session(self, twice: bool = True) -> Iterator[None]:
+        """The conditions under which losses run: autograd on, own random numbers, the outer autocast mode, and where
+        they are differentiated ``twice``, attention kernels that can be."""
+        device = next(iter(self.leaves.params.values())).device
+        with (
+            replayed_random_state(device, self.seed is not None),
+            torch.enable_grad(),
+            self.autocast.again(),
+            sdpa_kernel(SDPBackend.MATH) if twice else contextlib.nullcontext(),
+        ):
+            yield
+
+    def advance(self, t: int, state: State) -> tuple[Tensor, State]:
+        """One step without a graph: the loss before it, detached, and the state after it."""
+        value, grads, buffers = self.gradient(t, trees.leaves(state.params), self.leaves.meta, state.buffers)
+        with torch.no_grad():
+            params, slots = self.rule(t, state.params, grads, state.slots, self.leaves.hyper)
+        return value, State(params, slots, buffers)
+
+    def gradient(
+        self, t: int, params: Tensors, meta: Tensors, buffers: Tensors, create_graph: bool = False
+    ) -> tuple[Tensor, Tensors, Tensors]:
+        """The loss of step t (detached), its gradient with respect to ``params``, and the buffers after it.
+
+        In microbatches, one after the other, if so configured: the memory is one piece's unless ``create_graph``.
+        """
+        total, sums, after = self.piece_gradient(t, 0, params, meta, buffers, create_graph)
+        for piece in range(1, self.pieces(t)):
+            value, grads, _ = self.piece_gradient(t, piece, params, meta, buffers, create_graph)
+            total, sums = total + value, {name: sums[name] + grads[name] for name in sums}
+        return total, sums, after
+
+    def pieces(self, t: int) -> int:
+        """How many microbatches step t is computed in."""
+        return self.microbatch.pieces(self.batches[t])
+
+    def piece_gradient(
+        self, t: int, piece: int, params: Tensors, meta: Tensors, buffers: Tensors, create_graph: bool
+    ) -> tuple[Tensor, Tensors, Tensors]:
+        """As ``gradient``, for one microbatch, weighted so that the sum over pieces is the whole."""
+        after = copied(buffers)
+        self.reseed(t, piece)
+        batch, weight = self.microbatch.piece(self.batches[t], piece)
+        value = self.loss(params, meta, after, batch)
+        if weight != 1.0:
+            value = value * weight
+        if not value.requires_grad:
+            raise InputError(
+                f"the inner loss of step {t} does not depend on any adapted parameter ({', '.join(params)}): "
+                "compute it from the parameters it is given, without torch.no_grad() or .detach()"
+            )
+        if self.inspect and piece == 0:
+            refuse_captured(value, "inner loss", params, meta)
+        grads = torch.autograd.grad(
+            value.sum(), list(params.values()), create_graph=create_graph, materialize_grads=True
+        )
+        return value.detach(), dict(zip(params, grads, strict=True)), settled(buffers, after)
+
+    def verify_microbatches(self) -> None:
+        """Refuse microbatches where the inner loss is no sum or mean over examples; see ``Microbatch.verify``."""
+        params, meta = trees.detach(self.leaves.params), trees.detach(self.leaves.meta)
+        precision = self.autocast.precision(next(iter(params.values())).dtype)
+
+        def inner(batch: Any) -> Tensor:
+            return self.loss(params, meta, copied(self.buffers), batch)
+
+        with self.session():
+            self.reseed(0)
+            for batch in self.batches[:1]:
+                self.microbatch.verify(inner, batch, "inner loss", precision)
+
+    def reseed(self, *place: int) -> None:
+        """Start the random numbers of one place of the rollout: a step, a piece of it, or the outer loss."""
+        if self.seed is not None:
+            seed_generators(mixed(self.seed, *place), next(iter(self.leaves.params.values())).device)
+
+
+def copied(buffers: Tensors) -> Tensors:
+    """A copy that a forward may change in place."""
+    with torch.no_grad():
+        return {name: buffer.clone() for name, buffer in buffers.items()}
+
+
+def settled(before: Tensors, after: Tensors) -> Tensors:
+    """The buffers after a forward; those that still hold the same stay shared, so that snapshots cost only changes.
+
+    Values are compared: batch norm changes its statistics without counting up their version.
+    """
+    if not after:
+        return after
+    with torch.no_grad():
+        changed = torch.stack([(after[name] != old).any() for name, old in before.items()]).tolist()
+    return {name: after[name].detach() if new else before[name] for name, new in zip(before, changed, strict=True)}

@@ -1,0 +1,82 @@
+"""Several tasks as one: tensors stacked on a leading dimension, losses mapped over it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.func import vmap
+
+from . import trees
+from .errors import InputError, UnsupportedError
+from .trees import Tensors
+
+
+def stack(items: Sequence[Any], what: str) -> Any:
+    """Trees of the same structure and shapes as one, each tensor with a leading dimension C.
+
+    Raises:
+        InputError: structures or shapes differ.
+    """
+    found = [trees.flatten(item)[0] for item in items]
+    shapes = [{name: tuple(leaf.shape) for name, leaf in leaves.items()} for leaves in found]
+    if any(shape != shapes[0] for shape in shapes):
+        other = next(shape for shape in shapes if shape != shapes[0])
+        raise InputError(
+            f"chunk > 1 needs tasks of one shape, got a {what} of {shapes[0]} and one of {other}: use chunk=1"
+        )
+    _, rebuild = trees.flatten(items[0])
+    return rebuild({name: torch.stack([leaves[name] for leaves in found]) for name in found[0]})
+
+
+def stack_params(items: Sequence[Tensors]) -> Tensors:
+    """Parameters of C tasks, each with a leading dimension C and memory of its own."""
+    return {name: torch.stack([item[name].detach() for item in items]) for name in items[0]}
+
+
+def mapped(
+    function: Callable[[Tensors, Tensors, Tensors, Any], Any],
+) -> Callable[[Tensors, Tensors, Tensors, Any], Any]:
+    """``function(params, meta, buffers, batch)`` over C stacked tasks; ``meta`` is shared, changed buffers are kept.
+
+    Only the forward is mapped; gradients of the stack are taken eagerly outside, so that no functorch level is around
+    autograd.
+
+    Raises:
+        UnsupportedError: the function draws random numbers, or looks at values (``.item()``), which can't be stacked.
+    """
+
+    def single(params: Tensors, meta: Tensors, buffers: Tensors, batch: Any) -> Any:
+        changed = dict(buffers)
+        out = function(params, meta, changed, batch)
+        return out, changed
+
+    def many(params: Tensors, meta: Tensors, buffers: Tensors, batch: Any) -> Any:
+        try:
+            out, changed = vmap(single, in_dims=(0, None, 0, 0))(params, meta, buffers, batch)
+        except RuntimeError as error:
+            raise _explained(error) from error
+        buffers.update(changed)
+        return out
+
+    return many
+
+
+def _explained(error: RuntimeError) -> Exception:
+    text = str(error)
+    if "randomness" in text:
+        return UnsupportedError(
+            "chunk > 1 can't stack a loss that draws random numbers (dropout): each task has its own; use chunk=1"
+        )
+    if ".item()" in text or "data-dependent control flow" in text:
+        return UnsupportedError(
+            "chunk > 1 can't stack a loss that looks at values (.item(), if on a tensor): use chunk=1"
+        )
+    return error
+
+
+def per_task(value: Tensor) -> list[float]:
+    """The values of one task () or of C stacked tasks (C,) as numbers."""
+    return [float(x) for x in value.detach().reshape(-1).tolist()]

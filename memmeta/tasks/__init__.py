@@ -1,0 +1,10 @@
+"""Addressable task sources: the same (seed, step, index) gives the same task anywhere."""
+
+from .base import Address as Address
+from .base import Task as Task
+from .base import TaskBatch as TaskBatch
+from .base import TaskSource as TaskSource
+from .glyphs import Glyphs as Glyphs
+from .learn2learn import Learn2Learn as Learn2Learn
+from .omniglot import Omniglot as Omniglot
+from .sinusoid import Sinusoid as Sinusoid
