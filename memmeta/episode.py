@@ -14,7 +14,7 @@ from .adjoints import Adjoint
 from .capture import refuse_captured
 from .microbatch import Microbatch
 from .optimizers import InnerOptimizer
-from .problem import Problem
+from .problem import BoundProblem
 from .randomness import mixed, replayed_random_state, seed_generators
 from .rollout import Autocast, Leaves, Rollout, State, copied
 from .stacking import mapped, stack, stack_params
@@ -44,7 +44,7 @@ class Episode:
 
     def __init__(
         self,
-        problem: Problem,
+        problem: BoundProblem,
         optimizer: InnerOptimizer,
         steps: int,
         tasks: Sequence[Task],
@@ -67,10 +67,10 @@ class Episode:
             loss=mapped(problem.inner) if self.stacked else problem.inner,
             batches=[support] * steps,
             rule=optimizer.bind(starts[0], steps),
-            leaves=Leaves(params, dict(problem.meta()), optimizer.hyperparameters()),
+            leaves=Leaves(params, dict(problem.meta), optimizer.hyperparameters()),
             buffers=buffers,
             seed=None if self.stacked else seeds[0],
-            microbatch=Microbatch(microbatch, problem.reduction, self.stacked),
+            microbatch=Microbatch(microbatch, problem.problem.reduction, self.stacked),
             inspect=inspect,
             autocast=Autocast.current(device),
         )
@@ -182,10 +182,10 @@ class Episode:
             rollout.microbatch.verify(outer, self.query, "outer loss", precision)
 
 
-def _start(problem: Problem, seed: int) -> Tensors:
-    if not problem.redraw:
+def _start(problem: BoundProblem, seed: int) -> Tensors:
+    if not problem.draws:
         return problem.start()
-    device = next(problem.net.parameters()).device
+    device = next(iter(problem.adapted.values())).device
     with replayed_random_state(device):
         seed_generators(mixed(seed, _DRAW), device)
         return problem.start()

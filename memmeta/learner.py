@@ -10,7 +10,6 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 
 from . import memory, trees
 from .adapt import Adapted, attach
@@ -18,10 +17,11 @@ from .adjoints import Adjoint, Stepwise
 from .episode import Episode
 from .errors import InputError, NonFiniteError
 from .optimizers import InnerOptimizer
-from .problem import Problem
+from .places import Places
+from .problem import BoundProblem, Problem
 from .randomness import drawn_seed, mixed
 from .report import Report, TaskScore
-from .rollout import Leaves
+from .rollout import Leaves, copied
 from .stacking import per_task
 from .tasks.base import Address, Task
 from .trees import Tensors
@@ -49,14 +49,15 @@ class AdaptedModel(Adapted):
     def __call__(self, *inputs: Any, **options: Any) -> Any:
         """The network's output with the adapted weights; its buffers stay as they are."""
         assert self.net is not None
-        buffers = {name: buffer.clone() for name, buffer in (self.buffers or {}).items()}
-        return functional_call(self.net, {**self.params, **buffers}, inputs, options)
+        with Places(self.net).holding(self.params, copied(self.buffers or {})):
+            return self.net(*inputs, **options)
 
 
 @dataclass(frozen=True)
 class _Options:
     """How a meta-batch is worked through; checked once."""
 
+    problem: BoundProblem
     chunk: int
     microbatch: int | None
     seed: int | None
@@ -180,7 +181,7 @@ class MetaLearner(nn.Module):
         count_bytes: bool = False,
     ) -> MetaGradient:
         """The sum of the meta-gradients of ``tasks`` and their number, ``.grad`` left alone; see ``accumulate``."""
-        options = _Options(chunk, microbatch, seed)
+        options = _Options(self.problem.bind(), chunk, microbatch, seed)
         params = self.meta_parameters()
         sums, scores, skipped = trees.zeros_like(trees.detach(params)), [], []
         with memory.peak(self._device(), count_bytes) as peak:
@@ -205,7 +206,7 @@ class MetaLearner(nn.Module):
 
         ``F.cross_entropy(adapted(x), y).backward()`` reaches the meta-parameters, in the memory of the adjoint.
         """
-        options = _Options(1, microbatch, drawn_seed() if seed is None else seed)
+        options = _Options(self.problem.bind(), 1, microbatch, drawn_seed() if seed is None else seed)
         group = list(_placed([Task(support, support)], options.seed))
         episode = self._episode(group, options, self._steps(steps), inspect=True)
         rollout = episode.rollout
@@ -234,7 +235,7 @@ class MetaLearner(nn.Module):
             seed: as in ``accumulate``.
             curve: also report ``loss@t`` and the metrics after each step t = 0..T.
         """
-        options, scores = _Options(chunk, None, seed), []
+        options, scores = _Options(self.problem.bind(), chunk, None, seed), []
         for group in self._chunks(tasks, options):
             episode = self._episode(group, options, self._steps(steps), inspect=False)
             rollout = episode.rollout
@@ -280,7 +281,7 @@ class MetaLearner(nn.Module):
     def _episode(self, group: list[_Placed], options: _Options, steps: int, inspect: bool) -> Episode:
         tasks = [placed.task for placed in group]
         seeds = [placed.seed for placed in group]
-        return Episode(self.problem, self.optimizer, steps, tasks, seeds, options.microbatch, inspect)
+        return Episode(options.problem, self.optimizer, steps, tasks, seeds, options.microbatch, inspect)
 
     def _named(self, grads: Leaves) -> Tensors:
         """Gradients by name of meta-parameter."""

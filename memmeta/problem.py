@@ -9,11 +9,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 
 from . import trees
 from .errors import InputError
 from .microbatch import Reduction
+from .places import Places
 from .trees import Tensors
 
 Selection = str | Sequence[str] | Callable[[str, nn.Parameter], bool]
@@ -62,10 +62,11 @@ class Problem:
         chosen = self._selected(self.adapt, "adapt=") | self.draws().keys()
         return {name: p for name, p in self.trainable().items() if name in chosen}
 
-    def meta(self) -> dict[str, nn.Parameter]:
-        """The parameters that the inner loop reads but does not change, and that are meta-learned."""
+    def bind(self) -> BoundProblem:
+        """The problem on the network as it is now; made once per meta-batch."""
         adapted = self.adapted()
-        return {name: p for name, p in self.trainable().items() if name not in adapted}
+        meta = {name: p for name, p in self.trainable().items() if name not in adapted}
+        return BoundProblem(self, Places(self.net), adapted, meta, self.draws())
 
     def trainable(self) -> dict[str, nn.Parameter]:
         """All parameters of the network that require grad, tied ones once."""
@@ -74,35 +75,6 @@ class Problem:
     def draws(self) -> dict[str, Draw]:
         """The parameters that start anew in each task, each with its function."""
         return {name: draw for pattern, draw in self.redraw.items() for name in self._selected(pattern, "redraw=")}
-
-    def start(self) -> Tensors:
-        """The initial values of what is adapted: meta-learned parameters, or fresh draws (without a gradient)."""
-        draws, params = self.draws(), self.adapted()
-        return {name: _drawn(name, p, draws[name]) if name in draws else p for name, p in params.items()}
-
-    def buffers(self) -> Tensors:
-        """The network's buffers, as they are."""
-        return dict(self.net.named_buffers())
-
-    def inner(self, params: Tensors, meta: Tensors, buffers: Tensors, batch: Any) -> Tensor:
-        """``inner_loss`` with these weights; changes of buffers go to ``buffers``."""
-        value = self._call(self.inner_loss, params, meta, buffers, batch)
-        return check_scalar(value[0] if isinstance(value, tuple) else value, "inner loss")
-
-    def outer(self, params: Tensors, meta: Tensors, buffers: Tensors, batch: Any) -> tuple[Tensor, Tensors]:
-        """``outer_loss`` with these weights, and its metrics (detached)."""
-        value = self._call(self.outer_loss, params, meta, buffers, batch)
-        loss, metrics = value if isinstance(value, tuple) else (value, {})
-        return check_scalar(loss, "outer loss"), trees.detach(metrics)
-
-    def _call(
-        self, loss: Callable[[nn.Module, Any], Any], params: Tensors, meta: Tensors, buffers: Tensors, batch: Any
-    ) -> Any:
-        values = {f"net.{name}": leaf for tree in (meta, params, buffers) for name, leaf in tree.items()}
-        result = functional_call(_Caller(self.net), values, (loss, batch))
-        for name in buffers:  # functional_call hands back buffers that the forward replaced
-            buffers[name] = values[f"net.{name}"]
-        return result
 
     def _selected(self, selection: Selection, option: str) -> set[str]:
         canonical = {id(p): name for name, p in self.net.named_parameters()}
@@ -121,16 +93,46 @@ class Problem:
         return chosen
 
 
-class _Caller(nn.Module):
-    """Lets a loss see the network with other weights in place, for the time of one call."""
+@dataclass(frozen=True)
+class BoundProblem:
+    """A problem with its names resolved.
 
-    def __init__(self, net: nn.Module) -> None:
-        super().__init__()
-        self.net = net
-        self.training = net.training
+    Attributes:
+        adapted: the parameters that the inner loop changes.
+        meta: those that it reads but does not change, and that are meta-learned.
+        draws: the functions of those that start anew in each task.
+    """
 
-    def forward(self, loss: Callable[[nn.Module, Any], Any], batch: Any) -> Any:
-        return loss(self.net, batch)
+    problem: Problem
+    places: Places
+    adapted: dict[str, nn.Parameter]
+    meta: dict[str, nn.Parameter]
+    draws: dict[str, Draw]
+
+    def start(self) -> Tensors:
+        """The initial values of what is adapted: meta-learned parameters, or fresh draws (without a gradient)."""
+        return {
+            name: _drawn(name, p, self.draws[name]) if name in self.draws else p for name, p in self.adapted.items()
+        }
+
+    def buffers(self) -> Tensors:
+        """The network's buffers, as they are."""
+        return dict(self.problem.net.named_buffers())
+
+    def inner(self, params: Tensors, meta: Tensors, buffers: Tensors, batch: Any) -> Tensor:
+        """The inner loss with these weights, shape (); changes of buffers go to ``buffers``."""
+        value = self._call(self.problem.inner_loss, params, meta, buffers, batch)
+        return check_scalar(value[0] if isinstance(value, tuple) else value, "inner loss")
+
+    def outer(self, params: Tensors, meta: Tensors, buffers: Tensors, batch: Any) -> tuple[Tensor, Tensors]:
+        """The outer loss with these weights, shape (), and its metrics (detached)."""
+        value = self._call(self.problem.outer_loss, params, meta, buffers, batch)
+        loss, metrics = value if isinstance(value, tuple) else (value, {})
+        return check_scalar(loss, "outer loss"), trees.detach(metrics)
+
+    def _call(self, loss: NetLoss, params: Tensors, meta: Tensors, buffers: Tensors, batch: Any) -> Outcome:
+        with self.places.holding({**meta, **params}, buffers):
+            return loss(self.problem.net, batch)
 
 
 def _matches(name: str, pattern: str) -> bool:

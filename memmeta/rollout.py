@@ -157,7 +157,8 @@ class Rollout:
                 f"the inner loss of step {t} does not depend on any adapted parameter ({', '.join(params)}): "
                 "compute it from the parameters it is given, without torch.no_grad() or .detach()"
             )
-        if self.inspect and piece == 0:
+        # Where every step has the same batch, every step's loss reads the same tensors.
+        if self.inspect and piece == 0 and (t == 0 or self.batches[t] is not self.batches[t - 1]):
             refuse_captured(value, "inner loss", params, meta)
         grads = torch.autograd.grad(
             value.sum(), list(params.values()), create_graph=create_graph, materialize_grads=True

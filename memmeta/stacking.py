@@ -48,14 +48,19 @@ def mapped(
         UnsupportedError: the function draws random numbers, or looks at values (``.item()``), which can't be stacked.
     """
 
-    def single(params: Tensors, meta: Tensors, buffers: Tensors, batch: Any) -> Any:
-        changed = dict(buffers)
-        out = function(params, meta, changed, batch)
-        return out, changed
-
     def many(params: Tensors, meta: Tensors, buffers: Tensors, batch: Any) -> Any:
+        examples, rebuild = trees.flatten(batch)
+
+        def single(*tensors: Tensor) -> Any:
+            # Flat arguments: vmap spends more on nested ones than a small network on its forward.
+            left = iter(tensors)
+            own = {name: next(left) for name in params}
+            changed = {name: next(left) for name in buffers}
+            out = function(own, meta, changed, rebuild({name: next(left) for name in examples}))
+            return out, changed
+
         try:
-            out, changed = vmap(single, in_dims=(0, None, 0, 0))(params, meta, buffers, batch)
+            out, changed = vmap(single)(*params.values(), *buffers.values(), *examples.values())
         except RuntimeError as error:
             raise _explained(error) from error
         buffers.update(changed)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .. import trees
+from ..double_backward import LeanDoubleBackward
 from ..errors import ReplayError
 from ..optimizers.base import Slots
 from ..rollout import Leaves, Rollout, State
@@ -36,24 +38,56 @@ class Stepwise(Adjoint):
         (h_theta, h_meta) = derivative of <g_t, lambda_g> with respect to (theta_t, meta)
         lambda <- lambda_s + h_theta
 
-    Memory: one step's graph, and T snapshots. Time: one plain gradient per step more than ``Unrolled``. Works for every
-    loss whose operators have a double backward; refuses others by name.
+    Memory: one step's graph, and T snapshots; the last step's graph is kept from the way there, so that with T = 1
+    nothing is computed twice. Time: T - 1 plain gradients more than ``Unrolled``. Works for every loss whose operators
+    have a double backward; refuses others by name. Batch norm's second derivative is our own, see ``double_backward``.
     """
 
     def run(self, rollout: Rollout, along: Along | None) -> Solution:
         state, losses, snapshots = rollout.start(), [], []
+        kept: list[_Record] = []  # the last step's graph: it is the first that the way back needs
         for t in range(rollout.steps):
             snapshots.append(state)
-            loss, state = rollout.advance(t, state)
+            if t == rollout.steps - 1 and rollout.pieces(t) == 1:
+                record = _record(rollout, t, state)
+                kept, loss = [record], record.loss
+                with torch.no_grad():
+                    grads = trees.detach(record.grads)
+                    params, slots = rollout.rule(t, state.params, grads, state.slots, rollout.leaves.hyper)
+                state = State(params, slots, record.buffers)
+            else:
+                loss, state = rollout.advance(t, state)
             losses.append(loss)
 
         def pullback(cotangent: Tensors) -> Leaves:
             walk = _Walk(rollout, along, losses)
             for t in reversed(range(rollout.steps)):
-                cotangent = walk.back(t, snapshots[t], cotangent)
+                record = kept.pop() if kept else None
+                cotangent = walk.back(t, snapshots[t], cotangent, record)
+                del record
             return walk.finish(cotangent)
 
         return Solution(state.params, state.buffers, losses, pullback)
+
+
+class _Record(NamedTuple):
+    """One step's gradient with its graph, and the leaves that the graph begins at."""
+
+    loss: Tensor
+    params: Tensors
+    meta: Tensors
+    grads: Tensors
+    buffers: Tensors
+
+
+def _record(rollout: Rollout, t: int, state: State, piece: int | None = None) -> _Record:
+    """The gradient of step t (or of one microbatch of it) with its graph."""
+    params, meta = trees.leaves(state.params), trees.cut(rollout.leaves.meta)
+    # Its functions know nothing of vmap, under which stacked tasks run.
+    lean = contextlib.nullcontext() if rollout.microbatch.stacked else LeanDoubleBackward()
+    with lean:
+        loss, grads, buffers = rollout.piece_gradient(t, piece or 0, params, meta, state.buffers, True)
+    return _Record(loss, params, meta, grads, buffers)
 
 
 class _Walk:
@@ -65,21 +99,19 @@ class _Walk:
         self.slots: Slots | None = None
         self.replayed: list[Tensor] = []
 
-    def back(self, t: int, state: State, cotangent: Tensors) -> Tensors:
+    def back(self, t: int, state: State, cotangent: Tensors, record: _Record | None) -> Tensors:
         """From the cotangent of theta_{t+1} to that of theta_t, with the outer loss's term there."""
-        rollout = self.rollout
-        params, meta = trees.leaves(state.params), trees.cut(rollout.leaves.meta)
-        whole = rollout.pieces(t) == 1
-        loss, grads, _ = rollout.gradient(t, params, meta, state.buffers, create_graph=whole)
-        self.replayed.append(loss)
-        back = self._through_rule(t, state, trees.detach(grads), _Cotangent(cotangent, self.slots or {}))
-        lambda_theta, self.slots, lambda_g = back
-        if whole:
-            self._through_gradient(grads, lambda_g, params, meta, lambda_theta)
+        rollout, pieces = self.rollout, self.rollout.pieces(t)
+        after = _Cotangent(cotangent, self.slots or {})
+        if pieces == 1:
+            record = _record(rollout, t, state) if record is None else record
+            loss, grads = record.loss, trees.detach(record.grads)
         else:
-            for piece in range(rollout.pieces(t)):
-                _, grads, _ = rollout.piece_gradient(t, piece, params, meta, state.buffers, True)
-                self._through_gradient(grads, lambda_g, params, meta, lambda_theta)
+            loss, grads, _ = rollout.gradient(t, trees.leaves(state.params), rollout.leaves.meta, state.buffers)
+        self.replayed.append(loss)
+        lambda_theta, self.slots, lambda_g = self._through_rule(t, state, grads, after)
+        for piece in range(pieces):
+            self._through_gradient(record or _record(rollout, t, state, piece), lambda_g, lambda_theta)
         if self.along is not None and t > 0:
             term = self.along(t, state.params, state.buffers)
             if term is not None:
@@ -88,6 +120,10 @@ class _Walk:
 
     def _through_rule(self, t: int, state: State, grads: Tensors, after: _Cotangent) -> tuple[Tensors, Slots, Tensors]:
         """The VJP of the update rule: cotangents of the parameters, slots and gradient; adds those of hyper."""
+        factors = self.rollout.rule.affine(t, state.params)
+        if factors is not None:
+            lambda_theta = {name: v * factors[name][0] for name, v in after.params.items()}
+            return lambda_theta, {}, {name: v * -factors[name][1] for name, v in after.params.items()}
         params, grads = trees.leaves(state.params), trees.leaves(grads)
         slots = {name: trees.leaves(group) for name, group in state.slots.items()}
         hyper = trees.cut(self.rollout.leaves.hyper)
@@ -112,23 +148,17 @@ class _Walk:
         trees.add_(self.grads.hyper, {name: next(grads_iter) for name in names})
         return lambda_theta, lambda_slots, lambda_g
 
-    def _through_gradient(
-        self, grads: Tensors, lambda_g: Tensors, params: Tensors, meta: Tensors, into: Tensors
-    ) -> None:
+    def _through_gradient(self, record: _Record, lambda_g: Tensors, into: Tensors) -> None:
         """One Hessian-vector product: adds the derivative of <g, lambda_g> to ``into`` and to the gradients of meta."""
-        pairs = [(g, lambda_g[name]) for name, g in grads.items() if g.requires_grad]
+        pairs = [(g, lambda_g[name]) for name, g in record.grads.items() if g.requires_grad]
         if not pairs:  # the loss is linear in the parameters
             return
-        names = trees.wanted(meta)
+        names = trees.wanted(record.meta)
+        inputs = [*record.params.values(), *(record.meta[name] for name in names)]
         with named_operators():
-            found = torch.autograd.grad(
-                [g for g, _ in pairs],
-                [*params.values(), *(meta[n] for n in names)],
-                [v for _, v in pairs],
-                materialize_grads=True,
-            )
-        trees.add_(into, dict(zip(params, found, strict=False)))
-        trees.add_(self.grads.meta, dict(zip(names, found[len(params) :], strict=True)))
+            found = torch.autograd.grad([g for g, _ in pairs], inputs, [v for _, v in pairs], materialize_grads=True)
+        trees.add_(into, dict(zip(record.params, found, strict=False)))
+        trees.add_(self.grads.meta, dict(zip(names, found[len(record.params) :], strict=True)))
 
     def finish(self, cotangent: Tensors) -> Leaves:
         """The meta-gradient, after the first step has been walked back over."""

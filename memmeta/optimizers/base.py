@@ -54,6 +54,11 @@ class InnerOptimizer(abc.ABC):
             The parameter and the slots after the step, as new tensors.
         """
 
+    def affine(self, h: Values) -> tuple[float, float] | None:
+        """(a, b) if the update is p <- a p - b g with these two numbers and nothing else, so that its derivative needs
+        no graph; None otherwise."""
+        return None
+
     def hyperparameters(self) -> Tensors:
         """The hyperparameters that are tensors, by name: ``lr``, or ``lr/encoder.weight`` where given per tensor."""
         return {key: value for key, value in self._entries().items() if isinstance(value, Tensor)}
@@ -135,6 +140,14 @@ class BoundRule:
             h = self._values(name, t, hyper)
             new_params[name], new_slots[name] = self.rule.update(t, param, grads[name], slots[name], h)
         return new_params, new_slots
+
+    def affine(self, t: int, params: Mapping[str, Tensor]) -> dict[str, tuple[float, float]] | None:
+        """``InnerOptimizer.affine`` for every parameter, if each of them has it at step t."""
+        if self.rule.hyperparameters():
+            return None
+        found = {name: self.rule.affine(self._values(name, t, {})) for name in params}
+        pairs = {name: pair for name, pair in found.items() if pair is not None}
+        return pairs if len(pairs) == len(found) else None
 
     def _values(self, name: str, t: int, hyper: Mapping[str, Tensor]) -> Values:
         values: Values = {}

@@ -40,6 +40,12 @@ class SGD(InnerOptimizer):
     def slots(self, param: Tensor) -> Tensors:
         return {} if is_zero(self.momentum) else {"momentum": torch.zeros_like(param)}
 
+    def affine(self, h: Values) -> tuple[float, float] | None:
+        lr, weight_decay = h["lr"], h["weight_decay"]
+        if not is_zero(self.momentum) or isinstance(lr, Tensor) or isinstance(weight_decay, Tensor):
+            return None
+        return 1 - lr * weight_decay, lr
+
     def update(self, t: int, param: Tensor, grad: Tensor, slots: Tensors, h: Values) -> tuple[Tensor, Tensors]:
         grad = decay(param, grad, h["weight_decay"])
         if not slots:
