@@ -17,7 +17,7 @@ from .optimizers import InnerOptimizer
 from .problem import BoundProblem
 from .randomness import mixed, replayed_random_state, seed_generators
 from .rollout import Autocast, Leaves, Rollout, State, copied
-from .stacking import mapped, stack, stack_params
+from .stacking import mapped, repeat, stack
 from .tasks.base import Task
 from .trees import Tensors
 
@@ -56,17 +56,21 @@ class Episode:
         self.query = stack([task.query for task in tasks], "query set") if self.stacked else tasks[0].query
         support = stack([task.support for task in tasks], "support set") if self.stacked else tasks[0].support
         self._outer = mapped(problem.outer) if self.stacked else problem.outer
-        starts = [_start(problem, seed) for seed in seeds]
-        params, buffers = starts[0], problem.buffers()
+        single = params = _start(problem, seeds[0])
+        buffers = problem.buffers()
         if self.stacked:
-            trainable = {name: p.requires_grad for name, p in params.items()}
-            params = {name: p.requires_grad_(trainable[name]) for name, p in stack_params(starts).items()}
-            buffers = stack_params([buffers] * len(tasks))
+            params = repeat(single, len(tasks))
+            for row, seed in enumerate(seeds if problem.draws else ()):
+                drawn = _start(problem, seed)
+                for name in problem.draws:
+                    params[name][row] = drawn[name]
+            params = {name: p.requires_grad_(single[name].requires_grad) for name, p in params.items()}
+            buffers = repeat(buffers, len(tasks))
         device = next(iter(params.values())).device
         self.rollout = Rollout(
             loss=mapped(problem.inner) if self.stacked else problem.inner,
             batches=[support] * steps,
-            rule=optimizer.bind(starts[0], steps),
+            rule=optimizer.bind(single, steps),
             leaves=Leaves(params, dict(problem.meta), optimizer.hyperparameters()),
             buffers=buffers,
             seed=None if self.stacked else seeds[0],

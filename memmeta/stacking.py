@@ -20,20 +20,21 @@ def stack(items: Sequence[Any], what: str) -> Any:
     Raises:
         InputError: structures or shapes differ.
     """
-    found = [trees.flatten(item)[0] for item in items]
-    shapes = [{name: tuple(leaf.shape) for name, leaf in leaves.items()} for leaves in found]
-    if any(shape != shapes[0] for shape in shapes):
+    first, rebuild = trees.flatten(items[0])
+    columns = [list(first.values()), *(trees.tensors(item) for item in items[1:])]
+    if any([leaf.shape for leaf in column] != [leaf.shape for leaf in columns[0]] for column in columns):
+        shapes = [[tuple(leaf.shape) for leaf in column] for column in columns]
         other = next(shape for shape in shapes if shape != shapes[0])
         raise InputError(
             f"chunk > 1 needs tasks of one shape, got a {what} of {shapes[0]} and one of {other}: use chunk=1"
         )
-    _, rebuild = trees.flatten(items[0])
-    return rebuild({name: torch.stack([leaves[name] for leaves in found]) for name in found[0]})
+    return rebuild({name: torch.stack(leaves) for name, leaves in zip(first, zip(*columns, strict=True), strict=True)})
 
 
-def stack_params(items: Sequence[Tensors]) -> Tensors:
-    """Parameters of C tasks, each with a leading dimension C and memory of its own."""
-    return {name: torch.stack([item[name].detach() for item in items]) for name in items[0]}
+def repeat(params: Tensors, count: int) -> Tensors:
+    """The same parameters for C tasks, each with a leading dimension C and memory of its own."""
+    with torch.no_grad():
+        return {name: leaf.expand(count, *leaf.shape).clone() for name, leaf in params.items()}
 
 
 def mapped(

@@ -61,6 +61,7 @@ class Stepwise(Adjoint):
 
         def pullback(cotangent: Tensors) -> Leaves:
             walk = _Walk(rollout, along, losses)
+            cotangent = {name: v.clone() for name, v in cotangent.items()}  # what is walked back is changed in place
             for t in reversed(range(rollout.steps)):
                 record = kept.pop() if kept else None
                 cotangent = walk.back(t, snapshots[t], cotangent, record)
@@ -122,8 +123,12 @@ class _Walk:
         """The VJP of the update rule: cotangents of the parameters, slots and gradient; adds those of hyper."""
         factors = self.rollout.rule.affine(t, state.params)
         if factors is not None:
-            lambda_theta = {name: v * factors[name][0] for name, v in after.params.items()}
-            return lambda_theta, {}, {name: v * -factors[name][1] for name, v in after.params.items()}
+            lambda_g = {name: v * -factors[name][1] for name, v in after.params.items()}
+            return (
+                {n: v if factors[n][0] == 1 else v.mul_(factors[n][0]) for n, v in after.params.items()},
+                {},
+                lambda_g,
+            )
         params, grads = trees.leaves(state.params), trees.leaves(grads)
         slots = {name: trees.leaves(group) for name, group in state.slots.items()}
         hyper = trees.cut(self.rollout.leaves.hyper)
