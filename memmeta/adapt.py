@@ -8,11 +8,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from . import trees
 from .adjoints import Adjoint, Solution, Stepwise
-from .errors import InputError
+from .errors import InputError, UnsupportedError
 from .microbatch import Microbatch, Reduction
 from .optimizers import InnerOptimizer
 from .problem import check_scalar
@@ -72,7 +71,8 @@ def adapt(
     Raises:
         InputError: parameters that are no floating tensors, hyperparameters that do not fit, a loss that is no scalar.
         CaptureError: a tensor that requires grad reaches the loss by closure, unseen by ``params`` and ``meta``.
-        UnsupportedError: (in the backward) an operator of the loss has no second derivative.
+        UnsupportedError: (in the backward) an operator of the loss has no second derivative; the result is
+            differentiated twice, which needs ``Unrolled()``.
     """
     if not isinstance(params, Mapping) or not params:
         raise InputError(
@@ -157,6 +157,29 @@ class _Pullback(torch.autograd.Function):
         return tuple(param.detach() for param in link.solution.params.values())
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        return None, *ctx.link.pull(grad_outputs)
+        link: _Link = ctx.link
+        with torch.no_grad():
+            grads = link.pull(grad_outputs)
+        if torch.is_grad_enabled():  # create_graph=True
+            grads = _Final.apply(len(grads), *grads, *_wanted(link.leaves), *grad_outputs)
+        return None, *grads
+
+
+class _Final(torch.autograd.Function):
+    """Gradients that can't be differentiated again, and say so.
+
+    They are tied to all that they depend on: torch's ``once_differentiable`` is not, so that ``autograd.grad`` passes
+    its error by and leaves the inner loop's part of a second derivative out.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, count: int, *tensors: Tensor) -> tuple[Tensor, ...]:
+        return tuple(tensor.detach() for tensor in tensors[:count])
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
+        raise UnsupportedError(
+            "the adapted parameters can't be differentiated twice with this adjoint: use adjoint=Unrolled(), which "
+            "keeps the graph that a second derivative needs"
+        )

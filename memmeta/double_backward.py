@@ -12,6 +12,9 @@ A = m(v g) - m(v) m(g) - m(v xh) m(g xh):
     of g:  k (v - m(v) - xh m(v xh)) + v_w xh + v_b
     of w:  M inv A
     of x:  inv (a v + b g - a m(v) - b m(g) - xh (a m(v xh) + b m(g xh) + k A))
+
+An inner loss that itself differentiates (a gradient penalty) needs a third derivative. torch's own is wrong (torch 2.13:
+it takes mean and inv for constants); here the formulas above are computed from x by differentiable operators.
 """
 
 from __future__ import annotations
@@ -21,7 +24,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
@@ -57,6 +59,7 @@ def _batch_norm(
         and input.dtype == weight.dtype
         and input.dtype in (torch.float32, torch.float64)
         and input.numel() > input.shape[1]
+        and not torch._C._are_functorch_transforms_active()  # they know nothing of these functions
     )
     if not lean:
         return F.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
@@ -94,15 +97,17 @@ class _BatchNormBackward(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, g: Tensor, x: Tensor, weight: Tensor, mean: Tensor, inv: Tensor, eps: float) -> Any:
         ctx.save_for_backward(g, x, weight, mean, inv)
+        ctx.eps = eps
         return torch.ops.aten.native_batch_norm_backward(
             g, x, weight, None, None, mean, inv, True, eps, [True, True, True]
         )
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         v, v_w, v_b = grad_outputs
         g, x, weight, mean, inv = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            return (*_differentiable(grad_outputs, g, x, weight, ctx.eps), None, None, None)
         dims = [0, *range(2, x.dim())]
         shape = [1, -1, *[1] * (x.dim() - 2)]
         count = x.numel() // x.shape[1]
@@ -124,3 +129,24 @@ class _BatchNormBackward(torch.autograd.Function):
         of_x = torch.mul(v, wide(inv * a)).addcmul_(g, wide(inv * b))
         of_x.addcmul_(xh, wide(-inv * (a * m_vx + b * m_gx + k * bracket))).sub_(wide(inv * (a * m_v + b * m_g)))
         return of_g, of_x, count * inv * bracket, None, None, None
+
+
+def _differentiable(
+    cotangents: tuple[Tensor, ...], g: Tensor, x: Tensor, weight: Tensor, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The cotangents of (g, x, w), as functions that can be differentiated again."""
+    v, v_w, v_b = cotangents
+    dims = [0, *range(2, x.dim())]
+
+    def mean(full: Tensor) -> Tensor:
+        return full.mean(dims, keepdim=True)
+
+    weight, v_w, v_b = (channel.view(1, -1, *[1] * (x.dim() - 2)) for channel in (weight, v_w, v_b))
+    centred = x - mean(x)
+    inv = (mean(centred * centred) + eps).rsqrt()
+    xh, k = centred * inv, weight * inv
+    m_v, m_g, m_vx, m_gx = mean(v), mean(g), mean(v * xh), mean(g * xh)
+    a, b, bracket = -k * m_gx, v_w - k * m_vx, mean(v * g) - m_v * m_g - m_vx * m_gx
+    of_g = k * (v - m_v) + xh * b + v_b
+    of_x = inv * (a * (v - m_v) + b * (g - m_g) - xh * (a * m_vx + b * m_gx + k * bracket))
+    return of_g, of_x, (x.numel() // x.shape[1] * inv * bracket).flatten()

@@ -124,11 +124,10 @@ class _Walk:
         factors = self.rollout.rule.affine(t, state.params)
         if factors is not None:
             lambda_g = {name: v * -factors[name][1] for name, v in after.params.items()}
-            return (
-                {n: v if factors[n][0] == 1 else v.mul_(factors[n][0]) for n, v in after.params.items()},
-                {},
-                lambda_g,
-            )
+            for name, v in after.params.items():
+                if factors[name][0] != 1:
+                    v.mul_(factors[name][0])
+            return after.params, {}, lambda_g
         params, grads = trees.leaves(state.params), trees.leaves(grads)
         slots = {name: trees.leaves(group) for name, group in state.slots.items()}
         hyper = trees.cut(self.rollout.leaves.hyper)

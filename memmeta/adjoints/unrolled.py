@@ -24,21 +24,23 @@ class Unrolled(Adjoint):
     """
 
     def run(self, rollout: Rollout, along: Along | None) -> Solution:
-        state = rollout.start()
+        # Aliases: one tensor may be given under several names, or in several groups (a prior that is the start itself),
+        # and only one name's share of its gradient is meant.
+        leaves = Leaves(*({n: x.view_as(x) if x.requires_grad else x for n, x in g.items()} for g in rollout.leaves))
         # What is drawn anew has no gradient of its own, but an inner gradient all the same.
-        first = {n: p if p.requires_grad else p.detach().requires_grad_() for n, p in state.params.items()}
-        state, losses, terms = state._replace(params=first), [], []
+        first = {n: p if p.requires_grad else p.detach().requires_grad_() for n, p in leaves.params.items()}
+        state, losses, terms = rollout.start()._replace(params=first), [], []
         for t in range(rollout.steps):
             if along is not None and t > 0:
                 term = along(t, trees.detach(state.params), state.buffers)
                 terms += [] if term is None else [(state.params, term)]
-            loss, grads, buffers = rollout.gradient(t, state.params, rollout.leaves.meta, state.buffers, True)
+            loss, grads, buffers = rollout.gradient(t, state.params, leaves.meta, state.buffers, True)
             losses.append(loss)
-            params, slots = rollout.rule(t, state.params, grads, state.slots, rollout.leaves.hyper)
+            params, slots = rollout.rule(t, state.params, grads, state.slots, leaves.hyper)
             state = State(params, slots, buffers)
 
         def pullback(cotangent: Tensors) -> Leaves:
-            return _pull([*terms, (state.params, cotangent)], rollout.leaves)
+            return _pull([*terms, (state.params, cotangent)], leaves)
 
         return Solution(state.params, state.buffers, losses, pullback)
 

@@ -1,0 +1,49 @@
+# `make demo` sets up and runs the main job; `make test` sets up and runs the fast tests. Nothing else is needed
+# than Python 3.10 to 3.13 (constraints are pinned for 3.11), pip, make and gcc.
+
+PYTHON ?= python3
+BIN := .venv/bin
+STAMP := .venv/.complete
+
+.PHONY: demo test test-rest lint format wheel bench clean
+
+demo: $(STAMP)
+	rm -rf runs/demo
+	$(BIN)/memmeta train examples/glyphs.py --run-dir runs/demo
+
+test: $(STAMP)
+	$(BIN)/python -m pytest
+
+# The other tiers: what needs minutes, and what needs a Ray cluster on this machine.
+test-rest: $(STAMP)
+	$(BIN)/python -m pytest -m "slow or cluster"
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+
+format: $(STAMP)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+wheel: $(STAMP)
+	$(BIN)/python tools/check_wheel.py
+
+bench: $(STAMP)
+	$(BIN)/python benchmarks/speed.py --json benchmarks/results/speed.json
+	$(BIN)/python benchmarks/memory.py --json benchmarks/results/memory.json --plot benchmarks/results/memory.png
+
+# learn2learn 0.2.0 ships C of an old Cython: it is translated anew, with the Cython and setuptools of constraints.txt.
+$(STAMP): pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --disable-pip-version-check -q -c constraints.txt \
+		"cython<3.1" "setuptools<81" wheel hatchling torch
+	$(BIN)/pip install --disable-pip-version-check -q -c constraints.txt --no-build-isolation \
+		-e ".[service,plots,dev]"
+	$(BIN)/pip install --disable-pip-version-check -q --use-pep517 --no-build-isolation --no-deps \
+		--config-settings="--global-option=build_ext" learn2learn==0.2.0
+	touch $(STAMP)
+
+clean:
+	rm -rf .venv build dist .pytest_cache .ruff_cache .hypothesis

@@ -1,0 +1,109 @@
+"""The ``memmeta`` command: what it is told, what it says when something is wrong, and its exit codes."""
+
+from __future__ import annotations
+
+import difflib
+import sys
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+from types import TracebackType
+
+from memmeta.errors import MemmetaError, NonFiniteError
+
+DONE, FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
+COMMANDS = ("train", "evaluate", "plot")
+USAGE = """\
+usage: memmeta COMMAND ...
+
+Exact meta-gradients in bounded memory for PyTorch.
+
+  memmeta train FILE.py [--steps N] [--run-dir D] [--resume] [options of the experiment]
+                             train an experiment; progress, metrics, checkpoints, final evaluation
+  memmeta evaluate RUN_DIR   score a run's checkpoint on held-out tasks
+  memmeta plot RUN_DIR       draw its learning curves
+  memmeta --version
+  memmeta COMMAND --help     all options of a command; after FILE.py those of the experiment too
+
+exit codes: 0 done; 1 the run failed; 2 bad input; 130 interrupted, after a checkpoint
+"""
+_EXTRA = {"jsonargparse", "docstring_parser", "rich", "yaml", "safetensors", "tensorboard", "matplotlib"}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command; returns its exit code.
+
+    0: done. 2: bad input, one line on stderr, nothing half-written. 1: a run failed. 130: interrupted.
+    """
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    try:
+        return _dispatch(arguments)
+    except MemmetaError as error:
+        return _say(error)
+    except KeyboardInterrupt:
+        sys.stderr.write("memmeta: stopped at once; a run's last checkpoint is as it was\n")
+        return INTERRUPTED
+    except SystemExit as error:
+        return error.code if isinstance(error.code, int) else DONE
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] not in _EXTRA:
+            return _crash(error, arguments)
+        _error(f"the command line needs {error.name}: pip install 'memmeta[service,plots]'")
+        return BAD_INPUT
+    except Exception as error:
+        return _crash(error, arguments)
+
+
+def _dispatch(arguments: list[str]) -> int:
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        sys.stdout.write(USAGE)
+        return DONE if arguments else BAD_INPUT
+    if arguments[0] == "--version":
+        from .runs import memmeta_version
+
+        sys.stdout.write(f"memmeta {memmeta_version()}\n")
+        return DONE
+    name = arguments[0]
+    if name not in COMMANDS:
+        close = difflib.get_close_matches(name, COMMANDS, n=1)
+        hint = f"did you mean {close[0]}?" if close else f"write one of {', '.join(COMMANDS)}"
+        _error(f"unknown command {name!r}: {hint}")
+        return BAD_INPUT
+    from . import commands
+
+    chosen = {"train": commands.train, "evaluate": commands.evaluate, "plot": commands.plot}[name]
+    return chosen(arguments[1:])
+
+
+def _say(error: MemmetaError) -> int:
+    from .train import Interrupted, RunFailed
+
+    if isinstance(error, Interrupted):
+        sys.stderr.write(f"memmeta: {_one_line(error)}\n")
+        return INTERRUPTED
+    _error(_one_line(error))
+    return FAILED if isinstance(error, (RunFailed, NonFiniteError)) else BAD_INPUT
+
+
+def _crash(error: Exception, arguments: Sequence[str]) -> int:
+    """The traceback from the user's own file on, or all of it, and one line."""
+    folders = {Path(token).resolve().parent for token in arguments if token.endswith(".py")}
+    start = error.__traceback__
+    while start is not None and Path(start.tb_frame.f_code.co_filename).parent not in folders:
+        start = start.tb_next
+    shown: TracebackType | None = start or error.__traceback__
+    sys.stderr.write("".join(traceback.format_exception(type(error), error, shown)))
+    _error(f"{type(error).__name__}: {_one_line(error)}")
+    return FAILED
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())
+
+
+def _error(text: str) -> None:
+    sys.stderr.write(f"memmeta: error: {text}\n")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,216 @@
+"""What ``memmeta train``, ``evaluate`` and ``plot`` do."""
+
+from __future__ import annotations
+
+import dataclasses
+import shlex
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from jsonargparse import Namespace
+from rich.console import Console
+
+from memmeta.errors import InputError
+
+from . import checkpoints, devices
+from .coordinator import local
+from .experiment import Experiment, ExperimentFile, load
+from .options import COUNT, Parser, check_required, find_file, parameters, train_parser
+from .progress import Display, display, in_bytes, show
+from .runs import Config, RunFolder, default_folder, make_config
+from .signals import StopSignals
+from .train import Run, find, summary_of
+from .update import OuterUpdate
+
+
+def train(argv: Sequence[str]) -> int:
+    """``memmeta train FILE.py``: returns the exit code.
+
+    Raises:
+        InputError: bad input; nothing was written.
+        RunFailed, NonFiniteError, Interrupted: see ``Run``.
+    """
+    name = find_file(argv)
+    if name is None:
+        if {"-h", "--help"} & set(argv):
+            train_parser(None).parse(["FILE.py", "--help"])
+        raise InputError("memmeta train needs an experiment file: memmeta train FILE.py")
+    file = load(name)
+    parser = train_parser(file)
+    values = parser.parse(argv)
+    folder = RunFolder(values.run_dir or default_folder(file.path))
+    if values.resume is None:
+        folder.check_new()
+    else:
+        stored = folder.config()
+        stored.check_file(file.path, file.sha256)
+        values = _resumed(parser, argv, file, stored)
+    check_required(file, values)
+    device = devices.choose(values.device)
+    threads = devices.use(device, values.threads)
+    options = parser.plain(values, parameters(file.function))
+    if values.resume is not None:
+        folder.config().check_options(options, threads, device)
+    experiment = devices.place(_build(file, values), device)
+    config = make_config(
+        file.path, file.sha256, options,
+        steps=experiment.steps, threads=threads, device=device, seed=experiment.seed, chance=experiment.chance,
+    )  # fmt: skip
+    again = shlex.join(["memmeta", "train", name, "--run-dir", str(folder.path), "--resume"])
+    console = _console()
+    shown = display(console)
+    with StopSignals() as signals, Run(experiment, config, folder, shown, again, signals.asked) as run:
+        if values.resume is None:
+            run.begin()
+        else:
+            run.resume(values.resume)
+        began = time.perf_counter()
+        run.train()
+        summary = run.finish(time.perf_counter() - began)
+    _report(shown, summary, experiment.learner.steps, experiment)
+    _picture(shown, folder, folder.picture_file, summary, file.path.stem)
+    return 0
+
+
+def _resumed(parser: Parser, argv: Sequence[str], file: ExperimentFile, stored: Config) -> Namespace:
+    """The arguments again, where what is not given is as it was in the run."""
+    fixed = {**stored.options, "threads": stored.threads, "device": stored.device, "steps": stored.steps}
+    parser.set_defaults(fixed, str(file.path))
+    return parser.parse(argv)
+
+
+def _build(file: ExperimentFile, values: Namespace) -> Experiment:
+    names = parameters(file.function)
+    experiment = file.build({name: values[name] for name in names})
+    if "steps" not in names:
+        return experiment if values.steps is None else dataclasses.replace(experiment, steps=values.steps)
+    if experiment.steps != values.steps:
+        raise InputError(
+            f"experiment(steps={values.steps}) returned Experiment(steps={experiment.steps}): --steps is the number of "
+            "outer steps; pass it on, or rename the argument (inner_steps)"
+        )
+    return experiment
+
+
+def evaluate(argv: Sequence[str]) -> int:
+    """``memmeta evaluate RUN_DIR``: returns the exit code.
+
+    Raises:
+        InputError: no such run or checkpoint, or the experiment is not what the run was made with.
+    """
+    parser = Parser("evaluate", "Adapts a trained run's network to held-out tasks and scores it.")
+    parser.add("run_dir", str, "the run's folder", positional=True, metavar="RUN_DIR")
+    parser.add("checkpoint", str, 'which: "last", "best" or such as step-00000100', default="last", metavar="C")
+    parser.add("tasks", COUNT, "held-out tasks; the experiment's number if not given", metavar="N")
+    parser.add("steps", COUNT, "inner steps; the experiment's number if not given", metavar="N")
+    parser.add("device", Literal["auto", "cpu", "cuda"], "where to compute", default="auto")
+    values = parser.parse(argv)
+    folder = RunFolder(values.run_dir)
+    config = folder.config()
+    file = load(config.experiment)
+    found = find(folder, values.checkpoint, f"memmeta evaluate {shlex.quote(values.run_dir)} --checkpoint")
+    options = train_parser(file)
+    options.set_defaults({**config.options, "steps": config.steps}, config.experiment)
+    device = devices.choose(values.device)
+    devices.use(device, config.threads)
+    experiment = devices.place(_build(file, options.parse([config.experiment])), device)
+    checkpoints.restore(found, experiment.learner)
+    shown = display(_console())
+    if file.sha256 != config.sha256:
+        sys.stderr.write(f"memmeta: note: {file.path} has changed since this run; it is used as it is now\n")
+    update = OuterUpdate(experiment.learner.meta_parameters(), experiment.outer)
+    inner_steps = values.steps or experiment.evaluation_steps
+    with StopSignals() as signals:
+        coordinator = local(experiment, update, signals.asked)
+        report = coordinator.evaluate("test", values.tasks or experiment.evaluation_tasks, inner_steps=inner_steps)
+    title = f"{folder.path}, {checkpoints.name_of(found.step)}"
+    _scores(shown, title, summary_of(report), inner_steps or experiment.learner.steps, {}, experiment.chance)
+    return 0
+
+
+def plot(argv: Sequence[str]) -> int:
+    """``memmeta plot RUN_DIR``: returns the exit code.
+
+    Raises:
+        InputError: no such run, nothing to draw yet, or the picture can't be written.
+    """
+    parser = Parser("plot", "Draws a run's learning curves.")
+    parser.add("run_dir", str, "the run's folder", positional=True, metavar="RUN_DIR")
+    parser.add("output", str | None, "the picture; RUN_DIR/curves.png if not given", metavar="PNG")
+    values = parser.parse(argv)
+    folder = RunFolder(values.run_dir)
+    config = folder.config()
+    output = folder.picture_file if values.output is None else Path(values.output)
+    from . import plots
+
+    try:
+        plots.draw(
+            folder.metrics(), output,
+            title=Path(config.experiment).stem, chance=config.chance, summary=folder.summary(),
+        )  # fmt: skip
+    except OSError as error:
+        raise InputError(f"--output {output} can't be written ({error.strerror}): name another file") from error
+    _console().print(f"picture: {output}", highlight=False, markup=False, soft_wrap=True)
+    return 0
+
+
+def _console() -> Console:
+    console = Console()
+    return console if console.is_terminal else Console(width=120)
+
+
+def _report(shown: Display, summary: Mapping[str, Any], inner_steps: int, experiment: Experiment) -> None:
+    if summary["test"] is not None:
+        steps = experiment.evaluation_steps or inner_steps
+        _scores(shown, "held-out tasks", summary["test"], steps, summary["baselines"], experiment.chance)
+    if summary["memory"] is not None:
+        shown.note(_memory(summary["memory"], experiment.chunk))
+
+
+def _scores(
+    shown: Display,
+    title: str,
+    score: Mapping[str, Any],
+    inner_steps: int,
+    baselines: Mapping[str, Mapping[str, Any]],
+    chance: float | None,
+) -> None:
+    names = [name for name in score["values"] if not name.endswith("_before")]
+    rows = [
+        ["before adaptation", *(_cell(score, name, "_before") for name in names)],
+        [f"after {inner_steps} inner step{'s' if inner_steps > 1 else ''}", *(_cell(score, name) for name in names)],
+        *([label, *(_cell(other, name) for name in names)] for label, other in baselines.items()),
+    ]
+    if chance is not None:
+        rows.append(["chance", *(show(name, chance) if name == "accuracy" else "" for name in names)])
+    shown.table(f"{title}: {score['tasks']} tasks, mean ± 95% interval", ["", *names], rows)
+
+
+def _cell(score: Mapping[str, Any], name: str, suffix: str = "") -> str:
+    key = name + suffix
+    if key not in score["values"]:
+        return ""
+    return f"{show(name, score['values'][key])} ± {show(name, score['intervals'][key])}"
+
+
+def _memory(memory: Mapping[str, int], chunk: int) -> str:
+    tasks, measured = memory["step_tasks"], memory["batched_tasks"]
+    ours = f"memory of one outer step, {tasks} tasks, {min(chunk, tasks)} at a time: {in_bytes(memory['step_bytes'])}"
+    if measured == 0:
+        return ours
+    where = f"all {tasks} tasks" if measured == tasks else f"{measured} of {tasks} tasks, no more for lack of memory"
+    return f"{ours}; batched graph: {in_bytes(memory['batched_bytes'])} (measured for {where})"
+
+
+def _picture(shown: Display, folder: RunFolder, path: Path, summary: Mapping[str, Any], name: str) -> None:
+    try:
+        from . import plots
+    except InputError as error:
+        shown.note(f"no picture: {error}")
+        return
+    title = f"{name}: {summary['step']} outer steps"
+    plots.draw(folder.metrics(), path, title=title, chance=summary["chance"], summary=summary)
+    shown.note(f"picture: {path}")

@@ -1,0 +1,67 @@
+"""Where a run computes: the device, the number of threads, and tasks moved to the device."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+
+import torch
+
+from memmeta.errors import InputError
+from memmeta.tasks.base import Task, TaskSource
+from memmeta.trees import map_tensors
+
+from .experiment import Experiment
+
+
+@dataclass(frozen=True)
+class OnDevice(TaskSource):
+    """The tasks of another source, with their tensors on ``device``."""
+
+    source: TaskSource
+    device: str
+    seed: int = 0
+
+    def task(self, seed: int, step: int, index: int) -> Task:
+        task = self.source.task(seed, step, index)
+        support, query = map_tensors(lambda tensor: tensor.to(self.device), (task.support, task.query))
+        return Task(support, query, task.address)
+
+
+def choose(device: str) -> str:
+    """``"cpu"`` or ``"cuda"`` for one of ``"auto"``, ``"cpu"``, ``"cuda"``.
+
+    Raises:
+        InputError: CUDA was asked for and there is none.
+    """
+    if device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cuda" and not torch.cuda.is_available():
+        raise InputError("--device cuda: PyTorch finds no CUDA device here; write --device cpu")
+    return device
+
+
+def use(device: str, threads: int | None) -> int:
+    """Sets the process up for results that repeat: ``threads`` CPU threads, deterministic convolutions on CUDA.
+
+    Returns the number of CPU threads in use; ``None`` leaves it as it is.
+    """
+    if threads is not None and threads != torch.get_num_threads():
+        torch.set_num_threads(threads)
+    if device == "cuda":
+        torch.backends.cudnn.benchmark = False
+        torch.backends.cudnn.deterministic = True
+    return torch.get_num_threads()
+
+
+def place(experiment: Experiment, device: str) -> Experiment:
+    """The experiment with its learners moved to ``device`` (in place) and sources that make their tasks there."""
+    for learner in (experiment.learner, *experiment.baselines.values()):
+        learner.to(device)
+    if device == "cpu":
+        return experiment
+    moved = {
+        name: None if source is None else OnDevice(source, device)
+        for name, source in (("test", experiment.test), ("validation", experiment.validation))
+    }
+    return dataclasses.replace(experiment, train=OnDevice(experiment.train, device), **moved)

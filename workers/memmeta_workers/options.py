@@ -1,0 +1,231 @@
+"""The command line's options: those of ``memmeta`` and those of a user's ``experiment(...)``."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import enum
+import inspect
+import json
+import re
+import typing
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from types import UnionType
+from typing import Any, Literal, Union
+
+import docstring_parser
+from jsonargparse import ArgumentParser, Namespace
+from jsonargparse.typing import PositiveInt
+
+from memmeta.errors import InputError
+
+from .experiment import ExperimentFile
+
+# A whole number of at least 1, or nothing. (The cast tells type checkers that PositiveInt is a class.)
+COUNT: Any = typing.cast(type, PositiveInt) | None
+_OWN = ("file", "config", "print_config", "run_dir", "resume", "threads", "device", "help")
+_CHECKPOINT = re.compile(r"last|step-\d+")
+_WORDS: dict[Any, str] = {
+    int: "a whole number",
+    float: "a number",
+    bool: "true or false",
+    str: "text",
+    Path: "a path",
+    PositiveInt: "a whole number of at least 1",
+}
+
+
+class Parser:
+    """The arguments of one command; every mistake in them is one ``InputError`` that names the option.
+
+    Args:
+        command: "train", "evaluate", ...
+        description: for ``--help``.
+    """
+
+    def __init__(self, command: str, description: str) -> None:
+        self.parser = ArgumentParser(
+            prog=f"memmeta {command}", description=description, exit_on_error=False, allow_abbrev=False
+        )
+        self._types: dict[str, Any] = {}
+
+    def add(self, name: str, kind: Any, text: str, group: Any = None, *, positional: bool = False, **rest: Any) -> None:
+        """Adds option ``--name``, or the positional argument ``name``, of type ``kind`` with ``text`` as help."""
+        self._types[name] = kind
+        flag = name if positional else f"--{_dashed(name)}"
+        (self.parser if group is None else group).add_argument(flag, type=kind, help=text or None, **rest)
+
+    def options(self) -> list[str]:
+        """All options, as they are written."""
+        return [*(f"--{_dashed(name)}" for name in self._types), "--config", "--help"]
+
+    def parse(self, argv: Sequence[str]) -> Namespace:
+        """Parses the arguments.
+
+        Raises:
+            InputError: one line that names the option, and what to write.
+            SystemExit: after ``--help`` or ``--print_config``.
+        """
+        try:
+            return self.parser.parse_args(self._normal(argv))
+        except argparse.ArgumentError as error:
+            raise InputError(self._explain(_one_line(str(error)))) from error
+
+    def set_defaults(self, stored: Mapping[str, Any], file: str) -> None:
+        """Makes the options of an earlier run the defaults.
+
+        Raises:
+            InputError: they don't fit the experiment.
+        """
+        try:
+            typed = self.parser.parse_object({"file": file, **stored})
+        except (argparse.ArgumentError, TypeError) as error:
+            raise InputError(f"the options in config.yaml do not fit {file}: {_one_line(str(error))}") from error
+        self.parser.set_defaults({name: typed[name] for name in stored})
+
+    def plain(self, values: Namespace, names: Iterable[str]) -> dict[str, Any]:
+        """Options as plain data, for ``config.yaml`` and to be compared."""
+        data = json.loads(self.parser.dump(values, format="json", skip_unset=False, skip_validation=True))
+        return {name: data.get(name) for name in names}
+
+    def _normal(self, argv: Sequence[str]) -> list[str]:
+        """``--inner_lr`` as ``--inner-lr``, and ``--resume`` with a value of its own."""
+        options = set(self.options())
+        result = []
+        for i, token in enumerate(argv):
+            name, equals, value = token.partition("=")
+            if name.startswith("--") and name not in options and _dashed(name) in options:
+                token = _dashed(name) + equals + value
+            if token == "--resume" and not _CHECKPOINT.fullmatch(argv[i + 1] if i + 1 < len(argv) else ""):
+                token = "--resume=last"
+            result.append(token)
+        return result
+
+    def _explain(self, message: str) -> str:
+        if match := re.match(r"unrecognized arguments: (\S+)", message):
+            return self._unknown(match[1])
+        if match := re.match(r"Option '([^']+)' is not accepted", message):
+            return f"--config: {self._unknown('--' + _dashed(match[1]))}"
+        if match := re.match(r'Parser key "config": File does not exist: (.*)', message):
+            return f"--config: no such file: {match[1]}"
+        if match := re.match(r'Parser key "([^"]+)": (.*)', message):
+            return self._wrong_value(match[1], match[2])
+        if match := re.match(r"the following arguments are required: (\S+)", message):
+            return f"{self.parser.prog} needs {match[1].upper()}: see {self.parser.prog} --help"
+        if match := re.match(r"argument (--[\w-]+): expected one argument", message):
+            kind = self._types.get(match[1][2:].replace("-", "_"), str)
+            return f"option {match[1]} needs a value: {match[1]} <{_words(kind)}>"
+        if message.startswith("Problems parsing config"):
+            return f"--config: that is not a YAML file of options: {message.partition(': ')[2]}"
+        return message
+
+    def _unknown(self, token: str) -> str:
+        help_text = f"see {self.parser.prog} --help"
+        if not token.startswith("-"):
+            return f"unexpected argument {token!r}: options are written --name value; {help_text}"
+        option = token.partition("=")[0]
+        close = difflib.get_close_matches(_dashed(option), self.options(), n=1)
+        return f"unknown option {option}: " + (f"did you mean {close[0]}?" if close else help_text)
+
+    def _wrong_value(self, key: str, detail: str) -> str:
+        value = re.search(r"(?:Got|Given) value: (.*)$", detail)
+        got = "" if value is None else f", got {value[1]!r}"
+        return f"option --{_dashed(key)}: expected {_words(self._types.get(key))}{got}"
+
+
+def parameters(function: Callable[..., Any]) -> dict[str, inspect.Parameter]:
+    """The arguments of ``experiment(...)``, annotations resolved to types.
+
+    Raises:
+        InputError: one that can't be an option: without a type, of a name that is taken, ``*args``.
+    """
+    try:
+        hints = typing.get_type_hints(function)
+    except (NameError, TypeError) as error:
+        raise InputError(f"the types of experiment(...) can't be resolved: {error}; import them at run time") from error
+    found = {}
+    for name, parameter in inspect.signature(function).parameters.items():
+        if name in _OWN:
+            raise InputError(f"experiment({name}=...): --{_dashed(name)} is memmeta's own option; rename the argument")
+        if parameter.kind not in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY):
+            raise InputError(f"experiment(...): {parameter} can't be an option; write named arguments with types")
+        if name not in hints:
+            raise InputError(f"experiment({name}): give the argument a type, for instance {name}: int = 5")
+        found[name] = parameter.replace(annotation=hints[name])
+    return found
+
+
+def train_parser(file: ExperimentFile | None) -> Parser:
+    """The parser of ``memmeta train``, with the options of the experiment if it is known."""
+    parser = Parser(
+        "train",
+        "Trains the experiment in FILE, a Python file with a function experiment(...) that returns a "
+        "memmeta_workers.Experiment. The arguments of that function are options too: memmeta train FILE --help.",
+    )
+    parser.parser.add_argument("--config", action="config", help="YAML file with options")
+    parser.add("file", str, "the experiment file", positional=True, metavar="FILE")
+    parser.add("run_dir", str | None, "the run's folder; runs/<name of FILE> if not given", metavar="D")
+    parser.add(
+        "resume",
+        str | None,
+        "go on with the run in the folder from its last checkpoint, or from the one named, such as step-00000100; "
+        "later ones are then removed",
+        nargs="?",
+        const="last",
+        metavar="STEP",
+    )
+    known = {} if file is None else parameters(file.function)
+    if "steps" not in known:
+        parser.add("steps", COUNT, "outer steps; the experiment's own if not given", metavar="N")
+    parser.add("threads", COUNT, "CPU threads; PyTorch's choice if not given", metavar="N")
+    parser.add("device", Literal["auto", "cpu", "cuda"], "where to compute", default="auto")
+    if file is not None:
+        _add_experiment(parser, file, known)
+    return parser
+
+
+def _add_experiment(parser: Parser, file: ExperimentFile, known: Mapping[str, inspect.Parameter]) -> None:
+    document = docstring_parser.parse(inspect.getdoc(file.function) or "")
+    helps = {item.arg_name: _one_line(item.description or "") for item in document.params}
+    group = parser.parser.add_argument_group(f"options of {file.path.name}", document.short_description)
+    for name, parameter in known.items():
+        needed = parameter.default is inspect.Parameter.empty
+        text = helps.get(name, "") + (" (required)" if needed else "")
+        parser.add(name, parameter.annotation, text, group, default=None if needed else parameter.default)
+
+
+def check_required(file: ExperimentFile, values: Namespace) -> None:
+    """Raises InputError for an argument without default that was not given."""
+    for name, parameter in parameters(file.function).items():
+        if parameter.default is inspect.Parameter.empty and values[name] is None:
+            raise InputError(f"{file.path.name} needs --{_dashed(name)}: see memmeta train {file.path.name} --help")
+
+
+def find_file(argv: Sequence[str]) -> str | None:
+    """The experiment file among the arguments: the first one, or the first that ends in ``.py``."""
+    if argv and not argv[0].startswith("-"):
+        return argv[0]
+    return next((token for token in argv if token.endswith(".py") and not token.startswith("-")), None)
+
+
+def _words(kind: Any) -> str:
+    """A type in words."""
+    if kind in _WORDS:
+        return _WORDS[kind]
+    arguments = typing.get_args(kind)
+    if typing.get_origin(kind) is Literal:
+        return "one of " + ", ".join(map(str, arguments))
+    if isinstance(kind, type) and issubclass(kind, enum.Enum):
+        return "one of " + ", ".join(kind.__members__)
+    if typing.get_origin(kind) in (Union, UnionType):
+        return " or ".join(_words(argument) for argument in arguments if argument is not type(None))
+    return str(kind).replace("typing.", "")
+
+
+def _dashed(name: str) -> str:
+    return name.replace("_", "-")
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.split())
