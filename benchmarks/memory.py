@@ -65,6 +65,9 @@ def draw(tasks: dict[str, dict[int, int]], steps: dict[str, dict[int, int]], pat
         axes.set(xscale="log", yscale="log", xlabel=label, ylabel="peak memory (MiB)")
         ticks = sorted({size for curve in curves.values() for size in curve})
         axes.set_xticks(ticks, [str(tick) for tick in ticks])
+        low, high = axes.get_ylim()
+        levels = [level for level in (10, 20, 50, 100, 200, 500, 1000, 2000, 5000) if low <= level <= high]
+        axes.set_yticks(levels, [str(level) for level in levels])
         axes.minorticks_off()
         axes.grid(alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
@@ -93,6 +96,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         content = {"environment": environment(), "problem": conv4(tasks=1).name, "tasks": tasks, "inner_steps": steps}
         options.json.write_text(json.dumps(content, indent=2) + "\n")
     if options.plot:
+        options.plot.parent.mkdir(parents=True, exist_ok=True)
         draw(tasks, steps, options.plot)
 
 

@@ -1,6 +1,6 @@
 """MAML on Omniglot: characters of alphabets never seen before, one drawing of each.
 
-    memmeta train examples/omniglot.py --data_dir FOLDER
+    memmeta train examples/omniglot.py --data-dir FOLDER
 
 FOLDER holds the files of https://github.com/brendenlake/omniglot, zipped or not: the full sets (images_background,
 images_evaluation), or the two small background sets. With the small ones it trains on small1 and is tested on the

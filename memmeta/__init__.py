@@ -29,6 +29,6 @@ from .problem import Supervised as Supervised
 from .problem import accuracy as accuracy
 from .report import Report as Report
 from .report import TaskScore as TaskScore
-from .tasks import Address as Address
-from .tasks import Task as Task
+from .task import Address as Address
+from .task import Task as Task
 from .tasks import TaskSource as TaskSource

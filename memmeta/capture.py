@@ -1,13 +1,20 @@
-"""Finding tensors that reach a loss by closure, before their gradient is lost silently."""
+"""Finding in the graph of a loss what would lose a gradient silently."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 from torch import Tensor
+from torch.autograd.function import BackwardCFunction, once_differentiable
 from torch.autograd.graph import Node
 
-from .errors import CaptureError
+from .errors import CaptureError, UnsupportedError
+
+
+@once_differentiable
+def _once(ctx: Any) -> None:
+    """A backward that torch was told is differentiable once."""
 
 
 def refuse_captured(value: Tensor, where: str, *known: Mapping[str, Tensor]) -> None:
@@ -20,10 +27,7 @@ def refuse_captured(value: Tensor, where: str, *known: Mapping[str, Tensor]) -> 
     """
     tensors = [tensor for tree in known for tensor in tree.values()]
     leaves = {id(tensor) for tensor in tensors}
-    seen: set[Node] = {tensor.grad_fn for tensor in tensors if tensor.grad_fn is not None}
-    todo = [node for node in (value.grad_fn,) if node is not None and node not in seen]
-    while todo:
-        node = todo.pop()
+    for node in _nodes(value, {tensor.grad_fn for tensor in tensors if tensor.grad_fn is not None}):
         captured = getattr(node, "variable", None)  # autograd's node for a leaf has it, and no other has
         if captured is not None and id(captured) not in leaves:
             raise CaptureError(
@@ -31,6 +35,34 @@ def refuse_captured(value: Tensor, where: str, *known: Mapping[str, Tensor]) -> 
                 "meta-gradient would be lost: pass it in `meta` (mm.adapt), make it a parameter of the network "
                 "(MetaLearner), or .detach() it"
             )
+
+
+def refuse_once_differentiable(value: Tensor, where: str, *known: Mapping[str, Tensor]) -> None:
+    """Check that no ``torch.autograd.Function`` marked ``once_differentiable`` is in the graph of ``value``.
+
+    ``torch.autograd.grad`` says nothing when it differentiates one twice: it takes the first derivative for a constant.
+
+    Raises:
+        UnsupportedError: there is one; the message names it.
+    """
+    for node in _nodes(value, {t.grad_fn for tree in known for t in tree.values() if t.grad_fn is not None}):
+        if isinstance(node, BackwardCFunction):
+            function: Any = type(node)._forward_cls  # pyright: ignore[reportAttributeAccessIssue] set by torch's metaclass
+            if getattr(function.backward, "__code__", None) is _once.__code__:
+                raise UnsupportedError(
+                    f"the {where} uses {function.__name__}, whose backward is marked once_differentiable, so it has "
+                    "no second derivative: write its backward in differentiable operators, keep it out of what is "
+                    "adapted, or use adjoint=FirstOrder()"
+                )
+
+
+def _nodes(value: Tensor, known: set[Node]) -> Iterator[Node]:
+    """The nodes of the graph of ``value``, without those in ``known`` and what is behind them."""
+    seen = set(known)
+    todo = [node for node in (value.grad_fn,) if node is not None and node not in seen]
+    while todo:
+        node = todo.pop()
+        yield node
         for following, _ in node.next_functions:
             if following is not None and following not in seen:
                 seen.add(following)

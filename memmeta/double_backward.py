@@ -13,8 +13,8 @@ A = m(v g) - m(v) m(g) - m(v xh) m(g xh):
     of w:  M inv A
     of x:  inv (a v + b g - a m(v) - b m(g) - xh (a m(v xh) + b m(g xh) + k A))
 
-An inner loss that itself differentiates (a gradient penalty) needs a third derivative. torch's own is wrong (torch 2.13:
-it takes mean and inv for constants); here the formulas above are computed from x by differentiable operators.
+An inner loss that itself differentiates (a gradient penalty) needs a third derivative. torch's own is wrong (2.13: it
+takes mean and inv for constants); here the formulas above are computed from x by differentiable operators.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C._autograd import _top_saved_tensors_default_hooks
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
@@ -60,6 +61,8 @@ def _batch_norm(
         and input.dtype in (torch.float32, torch.float64)
         and input.numel() > input.shape[1]
         and not torch._C._are_functorch_transforms_active()  # they know nothing of these functions
+        # A checkpointed layer is run again inside torch.autograd.grad, where this mode is off: same operators as then.
+        and _top_saved_tensors_default_hooks(True) is None
     )
     if not lean:
         return F.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,13 +13,15 @@ from torch import Tensor
 from . import trees
 from .adjoints import Adjoint
 from .capture import refuse_captured
+from .errors import InputError
 from .microbatch import Microbatch
 from .optimizers import InnerOptimizer
+from .places import copied
 from .problem import BoundProblem
 from .randomness import mixed, replayed_random_state, seed_generators
-from .rollout import Autocast, Leaves, Rollout, State, copied
+from .rollout import Autocast, Leaves, Rollout, State, unheld
 from .stacking import mapped, repeat, stack
-from .tasks.base import Task
+from .task import Task
 from .trees import Tensors
 
 _DRAW, _OUTER = 1 << 40, (1 << 41,)  # places of random numbers that no inner step has
@@ -77,6 +80,7 @@ class Episode:
             microbatch=Microbatch(microbatch, problem.problem.reduction, self.stacked),
             inspect=inspect,
             autocast=Autocast.current(device),
+            holding=unheld if self.stacked else problem.holding,
         )
         if inspect and microbatch is not None:
             self._verify_microbatches()
@@ -141,11 +145,16 @@ class Episode:
             loss = loss * weight
             if self.rollout.inspect:
                 refuse_captured(loss, "outer loss", params, meta)
-            if loss.requires_grad:
-                inputs = [*params.values(), *(meta[name] for name in names)]
+            if not loss.requires_grad:
+                raise InputError(
+                    "the outer loss does not depend on any meta-parameter: compute it from the network it is given, "
+                    "without torch.no_grad() or .detach()"
+                )
+            inputs = [*params.values(), *(meta[name] for name in names)]
+            with self.rollout.holding(params, meta, buffers):
                 found = torch.autograd.grad(loss.sum(), inputs, materialize_grads=True)
-                trees.add_(sums, dict(zip(params, found, strict=False)))
-                trees.add_(into.meta, dict(zip(names, found[len(params) :], strict=True)))
+            trees.add_(sums, dict(zip(params, found, strict=False)))
+            trees.add_(into.meta, dict(zip(names, found[len(params) :], strict=True)))
             return loss.detach(), metrics
 
         return self._pieced(t, differentiate, params, meta, buffers), sums
@@ -176,12 +185,12 @@ class Episode:
         rollout = self.rollout
         rollout.verify_microbatches()
         params, meta = trees.detach(rollout.leaves.params), trees.detach(rollout.leaves.meta)
-        precision = rollout.autocast.precision(next(iter(params.values())).dtype)
+        precision = next(iter(params.values())).dtype
 
         def outer(batch: Any) -> Tensor:
             return self._outer(params, meta, copied(rollout.buffers), batch)[0]
 
-        with rollout.session():
+        with rollout.session(), rollout.autocast.off():
             rollout.reseed(0)
             rollout.microbatch.verify(outer, self.query, "outer loss", precision)
 
@@ -193,3 +202,22 @@ def _start(problem: BoundProblem, seed: int) -> Tensors:
     with replayed_random_state(device):
         seed_generators(mixed(seed, _DRAW), device)
         return problem.start()
+
+
+def check_steps(steps: object, least: int) -> None:
+    """Refuse a number of inner steps that is none, or below ``least``."""
+    if not isinstance(steps, int) or isinstance(steps, bool) or steps < least:
+        raise InputError(f"steps={steps!r}: write the number of inner steps, at least {least}")
+
+
+def checked_weights(weights: Any, steps: int) -> list[float]:
+    """The weights of the outer loss after each inner step, T finite numbers."""
+    try:
+        numbers = [float(weight) for weight in weights]
+    except (TypeError, ValueError) as error:
+        raise InputError(f"step_weights={weights!r}: write one number for each inner step") from error
+    if len(numbers) != steps:
+        raise InputError(f"step_weights has {len(numbers)} weights for {steps} inner steps: give one for each")
+    if not all(math.isfinite(number) for number in numbers):
+        raise InputError(f"step_weights={numbers}: write finite numbers")
+    return numbers

@@ -14,16 +14,16 @@ from torch import Tensor, nn
 from . import memory, trees
 from .adapt import Adapted, attach
 from .adjoints import Adjoint, Stepwise
-from .episode import Episode
+from .episode import Episode, check_steps, checked_weights
 from .errors import InputError, NonFiniteError
 from .optimizers import InnerOptimizer
-from .places import Places
+from .places import Places, copied, refuse_checkpoints
 from .problem import BoundProblem, Problem
 from .randomness import drawn_seed, mixed
 from .report import Report, TaskScore
-from .rollout import Leaves, copied
+from .rollout import Leaves
 from .stacking import per_task
-from .tasks.base import Address, Task
+from .task import Address, Task
 from .trees import Tensors
 
 AnyTask = Task | Sequence[Any]
@@ -49,7 +49,8 @@ class AdaptedModel(Adapted):
     def __call__(self, *inputs: Any, **options: Any) -> Any:
         """The network's output with the adapted weights; its buffers stay as they are."""
         assert self.net is not None
-        with Places(self.net).holding(self.params, copied(self.buffers or {})):
+        refused = refuse_checkpoints("an adapted model", "switch checkpointing off for the call, or use accumulate()")
+        with Places(self.net).holding(self.params, copied(self.buffers or {})), refused:
             return self.net(*inputs, **options)
 
 
@@ -63,7 +64,7 @@ class _Options:
     seed: int | None
 
     def __post_init__(self) -> None:
-        if not isinstance(self.chunk, int) or self.chunk < 1:
+        if not isinstance(self.chunk, int) or isinstance(self.chunk, bool) or self.chunk < 1:
             raise InputError(f"chunk={self.chunk!r}: write how many tasks are stacked, at least 1")
 
 
@@ -82,7 +83,8 @@ class MetaLearner(nn.Module):
             the last step's, with weight 1, if not given. May be assigned between calls.
 
     Raises:
-        InputError: fewer than zero steps, other than T weights, hyperparameters that do not fit the parameters.
+        InputError: fewer than one step, other than T weights, hyperparameters that do not fit the parameters or that
+            were computed from other tensors.
     """
 
     def __init__(
@@ -95,8 +97,7 @@ class MetaLearner(nn.Module):
         step_weights: Sequence[float] | None = None,
     ) -> None:
         super().__init__()
-        if not isinstance(steps, int) or steps < 1:
-            raise InputError(f"steps={steps!r}: write the number of inner steps, at least 1")
+        check_steps(steps, 1)
         self.net = problem.net
         self.problem = problem
         self.steps = steps
@@ -104,9 +105,7 @@ class MetaLearner(nn.Module):
         self.step_weights = step_weights
         optimizer.bind(problem.adapted(), steps)
         self._optimizer = optimizer
-        self.hyper = nn.ParameterDict(
-            {_key(name): _parameter(tensor) for name, tensor in optimizer.hyperparameters().items()}
-        )
+        self.hyper = nn.ParameterDict(_parameters(optimizer.hyperparameters()))
         self._weights()
 
     @property
@@ -118,13 +117,9 @@ class MetaLearner(nn.Module):
     def meta_parameters(self) -> dict[str, nn.Parameter]:
         """The parameters that receive meta-gradients, by name in ``named_parameters()``; tied ones once."""
         redrawn = self.problem.draws()
-        names = [f"net.{name}" for name in self.problem.trainable() if name not in redrawn]
-        params = dict(self.named_parameters())
-        return {
-            name: params[name]
-            for name in (*names, *(f"hyper.{key}" for key in self.hyper))
-            if params[name].requires_grad
-        }
+        chosen = {id(p) for name, p in self.problem.trainable().items() if name not in redrawn}
+        chosen |= {id(p) for p in self.hyper.values() if p.requires_grad}
+        return {name: p for name, p in self.named_parameters() if id(p) in chosen}
 
     def accumulate(
         self,
@@ -181,6 +176,8 @@ class MetaLearner(nn.Module):
         count_bytes: bool = False,
     ) -> MetaGradient:
         """The sum of the meta-gradients of ``tasks`` and their number, ``.grad`` left alone; see ``accumulate``."""
+        if on_nonfinite not in ("raise", "skip"):
+            raise InputError(f"on_nonfinite={on_nonfinite!r}: write 'raise' or 'skip'")
         options = _Options(self.problem.bind(), chunk, microbatch, seed)
         params = self.meta_parameters()
         sums, scores, skipped = trees.zeros_like(trees.detach(params)), [], []
@@ -261,6 +258,8 @@ class MetaLearner(nn.Module):
         inspect: bool,
     ) -> Iterator[_Part]:
         """Add one chunk's gradient to ``sums``; a chunk that is not finite is taken task by task."""
+        data = trees.tensors([[placed.task.support, placed.task.query] for placed in group])
+        inspect = inspect or any(tensor.requires_grad for tensor in data)
         episode = self._episode(group, options, self.steps, inspect)
         first = episode.score(0, episode.rollout.start()).items("_before") if before else {}
         grads, score, losses = episode.meta_gradient(self.adjoint, self._weights())
@@ -285,8 +284,12 @@ class MetaLearner(nn.Module):
 
     def _named(self, grads: Leaves) -> Tensors:
         """Gradients by name of meta-parameter."""
-        net = {f"net.{name}": grad for group in (grads.params, grads.meta) for name, grad in group.items()}
-        return {**net, **{f"hyper.{_key(name)}": grad for name, grad in grads.hyper.items()}}
+        canonical = {id(p): name for name, p in self.named_parameters()}
+        named = {f"net.{name}": grad for group in (grads.params, grads.meta) for name, grad in group.items()}
+        for key, grad in grads.hyper.items():
+            name = canonical[id(self.hyper[_key(key)])]  # several tensors of the network may share a rate
+            named[name] = named[name] + grad if name in named else grad
+        return named
 
     def _chunks(self, tasks: Iterable[AnyTask], options: _Options) -> Iterator[list[_Placed]]:
         # Dropping the previous chunk before the next one is made keeps one alive.
@@ -296,15 +299,14 @@ class MetaLearner(nn.Module):
             del group
 
     def _steps(self, steps: int | None) -> int:
+        if steps is not None:
+            check_steps(steps, 0)
         return self.steps if steps is None else steps
 
     def _weights(self) -> list[float]:
         if self.step_weights is None:
             return [0.0] * (self.steps - 1) + [1.0]
-        weights = [float(weight) for weight in self.step_weights]
-        if len(weights) != self.steps:
-            raise InputError(f"step_weights has {len(weights)} weights for {self.steps} inner steps: give one for each")
-        return weights
+        return checked_weights(self.step_weights, self.steps)
 
     def _device(self) -> torch.device:
         return next(self.net.parameters()).device
@@ -326,6 +328,8 @@ class _Part:
 
 
 def _placed(tasks: Iterable[AnyTask], seed: int | None) -> Iterator[_Placed]:
+    if isinstance(tasks, Task) or not isinstance(tasks, Iterable):
+        raise InputError(f"tasks must be a sequence of tasks, got one {type(tasks).__name__}: write [task]")
     for index, given in enumerate(tasks):
         task = _task(given)
         if task.address is not None:
@@ -381,5 +385,16 @@ def _key(name: str) -> str:
     return name.replace(".", "/")
 
 
-def _parameter(tensor: Tensor) -> nn.Parameter:
-    return tensor if isinstance(tensor, nn.Parameter) else nn.Parameter(tensor.detach(), tensor.requires_grad)
+def _parameters(tensors: Tensors) -> dict[str, nn.Parameter]:
+    """Parameters that share the tensors' memory; one for each tensor, however many names it has."""
+    made: dict[int, nn.Parameter] = {}
+    for name, tensor in tensors.items():
+        if not tensor.is_leaf:
+            raise InputError(
+                f"the inner optimiser's {name} was computed from other tensors, which would get no gradient: give a "
+                "leaf tensor or nn.Parameter, which the learner takes over as a parameter (or use mm.adapt)"
+            )
+        if id(tensor) not in made:
+            own = isinstance(tensor, nn.Parameter)
+            made[id(tensor)] = tensor if own else nn.Parameter(tensor.detach(), tensor.requires_grad)
+    return {_key(name): made[id(tensor)] for name, tensor in tensors.items()}

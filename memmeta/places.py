@@ -4,24 +4,53 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Mapping, MutableMapping
-from typing import cast
+from typing import Any, cast
 
+import torch
 from torch import Tensor, nn
+from torch.autograd.graph import disable_saved_tensors_hooks
 
+from .errors import UnsupportedError
 from .trees import Tensors
 
 _Slot = tuple[MutableMapping[str, "Tensor | None"], str]
 
 
+_HOOKED = "memmeta: saved tensors are not to be recomputed here"
+
+
+@contextlib.contextmanager
+def refuse_checkpoints(where: str, remedy: str) -> Iterator[None]:
+    """Refuse activation checkpointing inside: a backward that comes when the network holds its own weights again would
+    recompute activations from those, silently.
+
+    Raises:
+        UnsupportedError: a layer is checkpointed (or saves its tensors through other hooks).
+    """
+    try:
+        with disable_saved_tensors_hooks(_HOOKED):
+            yield
+    except RuntimeError as error:
+        if _HOOKED not in str(error):
+            raise
+        raise UnsupportedError(
+            f"{where} can't run a network with activation checkpointing (torch.utils.checkpoint): its layers would be "
+            f"recomputed from other weights; {remedy}"
+        ) from error
+
+
 class Places:
     """Every place of a network that holds a parameter or buffer, by canonical name.
 
-    A tied tensor has one name and several places, so that it stays tied. The walk over the modules is done once;
-    what ``torch.func.functional_call`` spends on it at each call is more than a small network's forward.
+    A tied tensor has one name and several places, so that it stays tied. Tensors that a forward derives from the
+    weights and keeps as attributes are put back as well, so that nothing of an inner loop stays behind. The walk over
+    the modules is done once; what ``torch.func.functional_call`` spends on it at each call is more than a small
+    network's forward.
     """
 
     def __init__(self, net: nn.Module) -> None:
         self._slots: dict[str, list[_Slot]] = {}
+        self._derived: list[tuple[dict[str, Any], str, Any]] = []
         names: dict[int, str] = {}
         for path, module in net.named_modules():
             for held in (module._parameters, module._buffers):
@@ -30,6 +59,14 @@ class Places:
                         name = names.setdefault(id(tensor), f"{path}.{local}" if path else local)
                         place = (cast("MutableMapping[str, Tensor | None]", held), local)
                         self._slots.setdefault(name, []).append(place)
+            # What a forward computes from the weights and leaves behind: the second list of weights of torch's
+            # recurrent layers, the weight of torch.nn.utils.spectral_norm.
+            attributes = vars(module)
+            self._derived += [
+                (attributes, key, value)
+                for key, value in attributes.items()
+                if isinstance(value, Tensor) or (isinstance(module, nn.RNNBase) and key.startswith("_flat_weight"))
+            ]
 
     @contextlib.contextmanager
     def holding(self, values: Mapping[str, Tensor], buffers: Tensors) -> Iterator[None]:
@@ -52,3 +89,11 @@ class Places:
         finally:
             for held, local, tensor in before:
                 held[local] = tensor
+            for attributes, key, value in self._derived:
+                attributes[key] = value
+
+
+def copied(buffers: Tensors) -> Tensors:
+    """A copy that a forward may change in place."""
+    with torch.no_grad():
+        return {name: buffer.clone() for name, buffer in buffers.items()}

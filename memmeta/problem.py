@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import fnmatch
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from . import trees
 from .errors import InputError
 from .microbatch import Reduction
-from .places import Places
+from .places import Places, copied
 from .trees import Tensors
 
 Selection = str | Sequence[str] | Callable[[str, nn.Parameter], bool]
@@ -54,8 +55,7 @@ class Problem:
 
     def __post_init__(self) -> None:
         self.draws()
-        if not self.adapted():
-            raise InputError("there is nothing to adapt: adapt= selects no parameter that requires grad")
+        self._chosen()
 
     def adapted(self) -> dict[str, nn.Parameter]:
         """The parameters that the inner loop changes, by canonical name (tied ones once)."""
@@ -63,8 +63,12 @@ class Problem:
         return {name: p for name, p in self.trainable().items() if name in chosen}
 
     def bind(self) -> BoundProblem:
-        """The problem on the network as it is now; made once per meta-batch."""
-        adapted = self.adapted()
+        """The problem on the network as it is now; made once per meta-batch.
+
+        Raises:
+            InputError: nothing of what is adapted requires grad any more.
+        """
+        adapted = self._chosen()
         meta = {name: p for name, p in self.trainable().items() if name not in adapted}
         return BoundProblem(self, Places(self.net), adapted, meta, self.draws())
 
@@ -75,6 +79,12 @@ class Problem:
     def draws(self) -> dict[str, Draw]:
         """The parameters that start anew in each task, each with its function."""
         return {name: draw for pattern, draw in self.redraw.items() for name in self._selected(pattern, "redraw=")}
+
+    def _chosen(self) -> dict[str, nn.Parameter]:
+        adapted = self.adapted()
+        if not adapted:
+            raise InputError("there is nothing to adapt: adapt= selects no parameter that requires grad")
+        return adapted
 
     def _selected(self, selection: Selection, option: str) -> set[str]:
         canonical = {id(p): name for name, p in self.net.named_parameters()}
@@ -129,6 +139,10 @@ class BoundProblem:
         value = self._call(self.problem.outer_loss, params, meta, buffers, batch)
         loss, metrics = value if isinstance(value, tuple) else (value, {})
         return check_scalar(loss, "outer loss"), trees.detach(metrics)
+
+    def holding(self, params: Tensors, meta: Tensors, buffers: Tensors) -> contextlib.AbstractContextManager[None]:
+        """The network with these weights, for a backward: checkpointed layers run again then; ``buffers`` stay."""
+        return self.places.holding({**meta, **params}, copied(buffers))
 
     def _call(self, loss: NetLoss, params: Tensors, meta: Tensors, buffers: Tensors, batch: Any) -> Outcome:
         with self.places.holding({**meta, **params}, buffers):
@@ -198,7 +212,9 @@ def _pair(batch: Any) -> tuple[Any, Any]:
 def _fitting(loss: Callable[[Tensor, Tensor], Tensor], prediction: Tensor, target: Tensor) -> Tensor:
     try:
         return loss(prediction, target)
-    except IndexError as error:
+    except (IndexError, RuntimeError) as error:
+        if "out of bounds" not in str(error):  # stacked tasks' say so in a RuntimeError
+            raise
         raise InputError(
             f"the task's labels do not fit the network ({error}): it has {prediction.shape[-1]} outputs, so labels "
             f"must be 0 to {prediction.shape[-1] - 1}; give the network as many outputs as the task has classes"

@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from .tasks.base import Address
+from .task import Address
 
 
 @dataclass(frozen=True)

@@ -15,20 +15,30 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.backends import mha
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from . import trees
-from .capture import refuse_captured
+from .capture import refuse_captured, refuse_once_differentiable
 from .errors import InputError
 from .microbatch import Microbatch
 from .optimizers import BoundRule
 from .optimizers.base import Slots
+from .places import copied
 from .randomness import mixed, replayed_random_state, seed_generators
 from .trees import Tensors
 
 Loss = Callable[[Tensors, Tensors, Tensors, Any], Tensor]
 """loss(params, meta, buffers, batch): a scalar, or one value per stacked task, shape (C,). It may replace or change
 entries of ``buffers``, which is a copy of its own."""
+
+
+Holding = Callable[[Tensors, Tensors, Tensors], contextlib.AbstractContextManager[None]]
+
+
+def unheld(params: Tensors, meta: Tensors, buffers: Tensors) -> contextlib.AbstractContextManager[None]:
+    """Nothing has to be held: the loss reads its arguments alone."""
+    return contextlib.nullcontext()
 
 
 class State(NamedTuple):
@@ -69,9 +79,9 @@ class Autocast(NamedTuple):
             return Autocast("cpu", False, torch.bfloat16)
         return Autocast(kind, torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind))
 
-    def precision(self, dtype: torch.dtype) -> torch.dtype:
-        """The dtype that matrix products of ``dtype`` are really computed in."""
-        return self.dtype if self.enabled and dtype == torch.float32 else dtype
+    def off(self) -> torch.autocast:
+        """Full precision, for what would drown in rounding."""
+        return torch.autocast(self.device, enabled=False)
 
     def again(self) -> torch.autocast:
         # Without the cache of casted weights: it would keep a copy of every step's parameters alive.
@@ -83,7 +93,8 @@ class Rollout:
     """T inner steps on one task, or on C stacked tasks whose tensors have a leading dimension C.
 
     ``batches`` holds one batch per step. ``seed`` is the task's own; None means that nothing random is drawn (stacked
-    tasks). With ``inspect`` each loss is searched for tensors that reach it by closure.
+    tasks). With ``inspect`` each loss is searched for tensors that reach it by closure. ``holding(params, meta,
+    buffers)`` is around every backward of a loss, for what is computed again in it.
     """
 
     loss: Loss
@@ -95,6 +106,7 @@ class Rollout:
     microbatch: Microbatch
     inspect: bool
     autocast: Autocast
+    holding: Holding = unheld
 
     @property
     def steps(self) -> int:
@@ -108,13 +120,16 @@ class Rollout:
     @contextlib.contextmanager
     def session(self, twice: bool = True) -> Iterator[None]:
         """The conditions under which losses run: autograd on, own random numbers, the outer autocast mode, and where
-        they are differentiated ``twice``, attention kernels that can be."""
+        they are differentiated ``twice`` or stacked, attention kernels that can be."""
+        if torch.is_inference_mode_enabled():
+            raise InputError("inner loops need autograd, which torch.inference_mode() takes away: use torch.no_grad()")
         device = next(iter(self.leaves.params.values())).device
         with (
             replayed_random_state(device, self.seed is not None),
             torch.enable_grad(),
             self.autocast.again(),
-            sdpa_kernel(SDPBackend.MATH) if twice else contextlib.nullcontext(),
+            sdpa_kernel(SDPBackend.MATH) if twice or self.microbatch.stacked else contextlib.nullcontext(),
+            _layer_by_layer() if self.microbatch.stacked else contextlib.nullcontext(),
         ):
             yield
 
@@ -160,20 +175,24 @@ class Rollout:
         # Where every step has the same batch, every step's loss reads the same tensors.
         if self.inspect and piece == 0 and (t == 0 or self.batches[t] is not self.batches[t - 1]):
             refuse_captured(value, "inner loss", params, meta)
-        grads = torch.autograd.grad(
-            value.sum(), list(params.values()), create_graph=create_graph, materialize_grads=True
-        )
-        return value.detach(), dict(zip(params, grads, strict=True)), settled(buffers, after)
+        if self.inspect and create_graph and piece == 0:
+            refuse_once_differentiable(value, "inner loss", params, meta)
+        with self.holding(params, meta, buffers):
+            grads = torch.autograd.grad(
+                value.sum(), list(params.values()), create_graph=create_graph, materialize_grads=True
+            )
+        # A copy: the scalar that F.mse_loss returns lies in the memory of all its elements.
+        return value.detach().clone(), dict(zip(params, grads, strict=True)), settled(buffers, after)
 
     def verify_microbatches(self) -> None:
         """Refuse microbatches where the inner loss is no sum or mean over examples; see ``Microbatch.verify``."""
         params, meta = trees.detach(self.leaves.params), trees.detach(self.leaves.meta)
-        precision = self.autocast.precision(next(iter(params.values())).dtype)
+        precision = next(iter(params.values())).dtype
 
         def inner(batch: Any) -> Tensor:
             return self.loss(params, meta, copied(self.buffers), batch)
 
-        with self.session():
+        with self.session(), self.autocast.off():
             self.reseed(0)
             for batch in self.batches[:1]:
                 self.microbatch.verify(inner, batch, "inner loss", precision)
@@ -184,10 +203,15 @@ class Rollout:
             seed_generators(mixed(self.seed, *place), next(iter(self.leaves.params.values())).device)
 
 
-def copied(buffers: Tensors) -> Tensors:
-    """A copy that a forward may change in place."""
-    with torch.no_grad():
-        return {name: buffer.clone() for name, buffer in buffers.items()}
+@contextlib.contextmanager
+def _layer_by_layer() -> Iterator[None]:
+    """Without torch's fused kernel for a whole transformer layer (taken in evaluation mode), which vmap can't map."""
+    before = mha.get_fastpath_enabled()
+    mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        mha.set_fastpath_enabled(before)
 
 
 def settled(before: Tensors, after: Tensors) -> Tensors:
@@ -195,8 +219,10 @@ def settled(before: Tensors, after: Tensors) -> Tensors:
 
     Values are compared: batch norm changes its statistics without counting up their version.
     """
-    if not after:
-        return after
+    same = [name for name, old in before.items() if old.shape == after[name].shape and old.dtype == after[name].dtype]
+    if not same:
+        return trees.detach(after)
     with torch.no_grad():
-        changed = torch.stack([(after[name] != old).any() for name, old in before.items()]).tolist()
-    return {name: after[name].detach() if new else before[name] for name, new in zip(before, changed, strict=True)}
+        changed = torch.stack([(after[name] != before[name]).any() for name in same]).tolist()
+    shared = {name: before[name] for name, new in zip(same, changed, strict=True) if not new}
+    return {**trees.detach(after), **shared}

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.func import vmap
 
 from . import trees
 from .errors import InputError, UnsupportedError
+from .places import refuse_checkpoints
 from .trees import Tensors
 
 
@@ -18,7 +20,7 @@ def stack(items: Sequence[Any], what: str) -> Any:
     """Trees of the same structure and shapes as one, each tensor with a leading dimension C.
 
     Raises:
-        InputError: structures or shapes differ.
+        InputError: structures, shapes, dtypes or constants differ.
     """
     first, rebuild = trees.flatten(items[0])
     columns = [list(first.values()), *(trees.tensors(item) for item in items[1:])]
@@ -28,7 +30,25 @@ def stack(items: Sequence[Any], what: str) -> Any:
         raise InputError(
             f"chunk > 1 needs tasks of one shape, got a {what} of {shapes[0]} and one of {other}: use chunk=1"
         )
+    if any(not _alike(items[0], item) for item in items[1:]):
+        raise InputError(
+            f"chunk > 1 stacks tensors alone, and a {what} has other keys, types or constants in one task than in "
+            "another: make what differs a tensor, or use chunk=1"
+        )
     return rebuild({name: torch.stack(leaves) for name, leaves in zip(first, zip(*columns, strict=True), strict=True)})
+
+
+def _alike(a: Any, b: Any) -> bool:
+    """Whether two trees differ in the values of their tensors alone."""
+    if type(a) is not type(b):
+        return isinstance(a, Tensor) and isinstance(b, Tensor)
+    if isinstance(a, Tensor):
+        return a.dtype == b.dtype
+    if isinstance(a, Mapping):
+        return list(a) == list(b) and all(_alike(a[key], b[key]) for key in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(_alike, a, b))
+    return a is b or np.array_equal(a, b)
 
 
 def repeat(params: Tensors, count: int) -> Tensors:
@@ -61,7 +81,8 @@ def mapped(
             return out, changed
 
         try:
-            out, changed = vmap(single)(*params.values(), *buffers.values(), *examples.values())
+            with refuse_checkpoints("chunk > 1", "use chunk=1"):
+                out, changed = vmap(single)(*params.values(), *buffers.values(), *examples.values())
         except RuntimeError as error:
             raise _explained(error) from error
         buffers.update(changed)

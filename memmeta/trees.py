@@ -81,8 +81,16 @@ def flatten(tree: Any, prefix: str = "") -> tuple[Tensors, Callable[[Mapping[str
 
     Returns:
         ``leaves``, for instance ``{"encoder.weight": ..., "rates.0": ...}``, and ``rebuild(leaves) -> tree``.
+
+    Raises:
+        InputError: two tensors have the same path (``{"a.b": x, "a": {"b": y}}``).
     """
-    found = dict(_walk(tree, prefix))
+    pairs = list(_walk(tree, prefix))
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise InputError(f"two tensors of a tree have the path {twice!r}: use other keys, without dots in them")
 
     def rebuild(values: Mapping[str, Tensor]) -> Any:
         return _rebuild(tree, prefix, values)
@@ -123,7 +131,5 @@ def _rebuild(tree: Any, path: str, values: Mapping[str, Tensor]) -> Any:
         return {key: _rebuild(value, _join(path, key), values) for key, value in tree.items()}
     if isinstance(tree, (list, tuple)):
         items = [_rebuild(value, _join(path, index), values) for index, value in enumerate(tree)]
-        if isinstance(tree, tuple) and type(tree) is not tuple:
-            return type(tree)(*items)
-        return type(tree)(items)
+        return getattr(type(tree), "_make", type(tree))(items)  # named tuples take their fields one by one
     return tree

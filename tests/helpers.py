@@ -231,8 +231,8 @@ def meta_gradient(learner: mm.MetaLearner, tasks: Sequence[Any], **options: Any)
 def error(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> float:
     """The relative error in the Euclidean norm over all tensors together (one tensor's gradient may well be zero)."""
     assert found.keys() == wanted.keys(), found.keys() ^ wanted.keys()
-    difference = sum(float((found[name] - wanted[name]).square().sum()) for name in wanted)
-    scale = sum(float(tensor.square().sum()) for tensor in wanted.values())
+    difference = sum(float((found[name] - wanted[name]).detach().square().sum()) for name in wanted)
+    scale = sum(float(tensor.detach().square().sum()) for tensor in wanted.values())
     return (difference / scale) ** 0.5 if scale else difference**0.5
 
 

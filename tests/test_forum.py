@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 from collections.abc import Callable
 
 import pytest
@@ -126,7 +127,7 @@ def test_every_other_number_of_the_table() -> None:
     weights = [start] + [learner.adapt(BATCH, steps=steps).params["weight"].detach() for steps in (1, 2)]
     close(weights[1], [0.095, 0.1948])
     close(weights[2], [0.0901732, 0.1897736])
-    gradients = [(old - new) / RATE for old, new in zip(weights, weights[1:], strict=False)]
+    gradients = [(old - new) / RATE for old, new in itertools.pairwise(weights)]
     close(gradients[0], [5.0, 5.2])
     close(gradients[1], [4.8268, 5.0264])
     at_the_end = weights[2].clone().requires_grad_()

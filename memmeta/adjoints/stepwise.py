@@ -112,7 +112,9 @@ class _Walk:
         self.replayed.append(loss)
         lambda_theta, self.slots, lambda_g = self._through_rule(t, state, grads, after)
         for piece in range(pieces):
-            self._through_gradient(record or _record(rollout, t, state, piece), lambda_g, lambda_theta)
+            part = record or _record(rollout, t, state, piece)
+            with rollout.holding(part.params, part.meta, state.buffers):
+                self._through_gradient(part, lambda_g, lambda_theta)
         if self.along is not None and t > 0:
             term = self.along(t, state.params, state.buffers)
             if term is not None:

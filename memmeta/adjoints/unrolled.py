@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from .. import trees
+from ..places import refuse_checkpoints
 from ..rollout import Leaves, Rollout, State
 from ..trees import Tensors
 from .base import Adjoint, Along, Solution
@@ -34,7 +35,8 @@ class Unrolled(Adjoint):
             if along is not None and t > 0:
                 term = along(t, trees.detach(state.params), state.buffers)
                 terms += [] if term is None else [(state.params, term)]
-            loss, grads, buffers = rollout.gradient(t, state.params, leaves.meta, state.buffers, True)
+            with refuse_checkpoints("adjoint=Unrolled()", "use adjoint=Stepwise()"):
+                loss, grads, buffers = rollout.gradient(t, state.params, leaves.meta, state.buffers, True)
             losses.append(loss)
             params, slots = rollout.rule(t, state.params, grads, state.slots, leaves.hyper)
             state = State(params, slots, buffers)

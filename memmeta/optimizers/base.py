@@ -196,6 +196,8 @@ def _named_form(field: str, values: Mapping[str, Value], params: Mapping[str, Te
             f"{field}= can be read as one per step or as one per element: give step vectors another length than "
             f"the parameters (a longer one is allowed)"
         )
+    if per_element:
+        _check_dtypes(field, shaped, params)
     if per_element or per_step:
         return _Form(named=named, per_step=per_step)
     name, value = next((name, value) for name, value in shaped.items() if value.shape != params[name].shape)
@@ -203,6 +205,15 @@ def _named_form(field: str, values: Mapping[str, Value], params: Mapping[str, Te
         f"{field}= for {name} has shape {list(value.shape)}: write a scalar, the parameter's shape "
         f"{list(params[name].shape)}, or for every parameter a vector of at least {steps} values (one per step)"
     )
+
+
+def _check_dtypes(field: str, values: Mapping[str, Tensor], params: Mapping[str, Tensor]) -> None:
+    for name, value in values.items():
+        if torch.promote_types(value.dtype, params[name].dtype) != params[name].dtype:
+            raise InputError(
+                f"{field}= for {name} is {value.dtype}, which would turn the parameter ({params[name].dtype}) into it: "
+                f"give it the parameter's dtype"
+            )
 
 
 def check_range(field: str, value: Hyper, low: float, high: float = float("inf")) -> None:

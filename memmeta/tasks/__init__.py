@@ -1,7 +1,7 @@
 """Addressable task sources: the same (seed, step, index) gives the same task anywhere."""
 
-from .base import Address as Address
-from .base import Task as Task
+from ..task import Address as Address
+from ..task import Task as Task
 from .base import TaskBatch as TaskBatch
 from .base import TaskSource as TaskSource
 from .glyphs import Glyphs as Glyphs

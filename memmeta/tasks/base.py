@@ -1,47 +1,13 @@
-"""Tasks and their sources. A task has an address, and the same address gives the same task anywhere."""
+"""Sources of tasks: the same address gives the same task anywhere."""
 
 from __future__ import annotations
 
 import abc
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any, overload
-
-import numpy as np
+from typing import overload
 
 from ..errors import InputError
-
-
-@dataclass(frozen=True, order=True)
-class Address:
-    """Where a task comes from: meta-batch ``step`` of the stream ``seed``, position ``index`` in it."""
-
-    seed: int
-    step: int
-    index: int
-
-    def __iter__(self) -> Iterator[int]:
-        return iter((self.seed, self.step, self.index))
-
-    def __str__(self) -> str:
-        return f"task(seed={self.seed}, step={self.step}, index={self.index})"
-
-    def generator(self, *salt: int) -> np.random.Generator:
-        """A NumPy generator that depends on this address (and ``salt``) alone; equal on every machine."""
-        return np.random.default_rng(np.random.SeedSequence([*self, *salt]))
-
-
-@dataclass(frozen=True)
-class Task:
-    """One task: ``support`` is adapted on, ``query`` is scored on.
-
-    Each is whatever the losses take as a batch, usually ``(inputs, targets)`` with inputs of shape (n, ...) and
-    targets of shape (n, ...). ``address`` is where an addressable source made it.
-    """
-
-    support: Any
-    query: Any
-    address: Address | None = None
+from ..task import Task
 
 
 class TaskSource(abc.ABC):

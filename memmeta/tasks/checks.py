@@ -9,7 +9,7 @@ from numbers import Integral
 from typing import Any
 
 from ..errors import InputError
-from .base import Address
+from ..task import Address
 
 SPLITS = ("train", "validation", "test")
 PLOTS_RECIPE = "pip install memmeta[plots]"

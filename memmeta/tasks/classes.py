@@ -8,7 +8,8 @@ import numpy as np
 import torch
 
 from ..errors import InputError
-from .base import Task, TaskSource
+from ..task import Task
+from .base import TaskSource
 from .checks import SPLITS, check_address, check_choice, check_integer
 
 _STREAM = 2

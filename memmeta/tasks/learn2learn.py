@@ -18,7 +18,8 @@ import numpy as np
 import torch
 
 from ..errors import InputError
-from .base import Address, Task, TaskSource
+from ..task import Address, Task
+from .base import TaskSource
 from .checks import check_address, check_integer
 
 _STREAM = 3

@@ -10,7 +10,8 @@ import numpy as np
 import torch
 
 from ..errors import InputError
-from .base import Task, TaskSource
+from ..task import Task
+from .base import TaskSource
 from .checks import check_address, check_integer
 
 _STREAM = 1

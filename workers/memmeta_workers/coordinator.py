@@ -18,7 +18,7 @@ from torch import Tensor
 
 from memmeta import Report
 from memmeta.errors import InputError, MemmetaError, NonFiniteError
-from memmeta.tasks.base import Address
+from memmeta.task import Address
 
 from .experiment import TEST_SEED, VALIDATION_SEED, Experiment
 from .shards import Shard, TreeSum, cut

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import torch
 
 from memmeta.errors import InputError
-from memmeta.tasks.base import Task, TaskSource
+from memmeta.task import Task
+from memmeta.tasks.base import TaskSource
 from memmeta.trees import map_tensors
 
 from .experiment import Experiment

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 import memmeta as mm
-from memmeta.tasks.base import Task
+from memmeta.task import Task
 
 from .coordinator import Coordinator, StopRequested
 from .experiment import Experiment
