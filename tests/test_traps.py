@@ -14,6 +14,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 import memmeta as mm
+from memmeta.adjoints.operators import named_operators
 
 F64 = torch.float64
 
@@ -356,3 +357,22 @@ def test_conv_bias_before_bn() -> None:
 def test_mse_loss_and_huber_loss(loss: Any) -> None:
     learner = mm.maml(mlp().double(), loss=loss, optimizer=mm.SGD(0.1), steps=3)
     exact(learner, pairs(2))
+
+
+# What torch 2.13 says where it has no second derivative; the last two are raised on GPUs only.
+MESSAGES = {
+    "_embedding_bag_backward": "the derivative for '_embedding_bag_backward' is not implemented.",
+    "_ctc_loss_backward": "derivative for aten::_ctc_loss_backward is not implemented",
+    "_cudnn_rnn_backward": "the derivative for '_cudnn_rnn_backward' is not implemented. Double backwards is not "
+    "supported for CuDNN RNNs due to limitations in the CuDNN API.",
+    "CuDNN RNNs": "Double backwards is not supported for CuDNN RNNs due to limitations in the CuDNN API.",
+}
+
+
+@pytest.mark.parametrize("operator", MESSAGES)
+@pytest.mark.parametrize("kind", [RuntimeError, NotImplementedError])
+def test_messages_of_torch(operator: str, kind: type[RuntimeError]) -> None:
+    with pytest.raises(mm.UnsupportedError, match=f"uses {operator}.*RNN cell.*FirstOrder"), named_operators():
+        raise kind(MESSAGES[operator])
+    with pytest.raises(kind, match="mat1 and mat2"), named_operators():
+        raise kind("mat1 and mat2 shapes cannot be multiplied")
