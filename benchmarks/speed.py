@@ -9,6 +9,7 @@ the ratio to learn2learn's per-task loop in the same turn. Gradients are compare
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import platform
 import statistics
@@ -27,16 +28,17 @@ import memmeta as mm
 BASE = "learn2learn, per task"
 
 
-def measure(work: Workload, methods: dict[str, Method], turns: int) -> dict[str, Any]:
-    """Rows of one workload: seconds (least and median), ratio to ``BASE``, relative error of the gradient."""
+def measure(work: Workload, methods: dict[str, Method], turns: int, repeat: int = 1) -> dict[str, Any]:
+    """Rows of one workload: seconds (least and median), ratio to ``BASE``, relative error of the gradient.
+
+    A turn is ``repeat`` meta-gradients in a row, as an outer loop takes them, without garbage collection in between
+    (as ``timeit``).
+    """
     gradients = {name: _gradient(method, work) for name, method in methods.items()}
     seconds: dict[str, list[float]] = {name: [] for name in methods}
     for _ in range(turns):
         for name, method in methods.items():
-            work.net.zero_grad()
-            start = time.perf_counter()
-            method(work)
-            seconds[name].append(time.perf_counter() - start)
+            seconds[name].append(_seconds(method, work, repeat))
     base, base_gradient = seconds[BASE], gradients[BASE]
     rows = {
         name: {
@@ -47,7 +49,29 @@ def measure(work: Workload, methods: dict[str, Method], turns: int) -> dict[str,
         }
         for name, times in seconds.items()
     }
-    return {"problem": work.name, "tasks": len(work.tasks), "steps": work.steps, "turns": turns, "methods": rows}
+    return {
+        "problem": work.name,
+        "tasks": len(work.tasks),
+        "steps": work.steps,
+        "turns": turns,
+        "repeat": repeat,
+        "methods": rows,
+    }
+
+
+def _seconds(method: Method, work: Workload, repeat: int) -> float:
+    """Seconds per meta-gradient, after one that is not counted: the method before has left other memory behind."""
+    _gradient(method, work)
+    gc.collect()
+    gc.disable()
+    try:
+        start = time.perf_counter()
+        for _ in range(repeat):
+            work.net.zero_grad()
+            method(work)
+        return (time.perf_counter() - start) / repeat
+    finally:
+        gc.enable()
 
 
 def _gradient(method: Method, work: Workload) -> torch.Tensor:
@@ -90,7 +114,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 "memmeta Stepwise, chunk=32": memmeta_with(stepwise, 32),
                 "memmeta Unrolled, chunk=32": memmeta_with(unrolled, 32),
             },
-            4 * options.turns,
+            options.turns,
+            repeat=10,
         ),
     ]
     for result in results:

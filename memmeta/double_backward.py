@@ -1,4 +1,4 @@
-"""Batch norm with a lean double backward.
+"""Batch norm and convolution with a lean double backward.
 
 torch differentiates batch norm's backward through some thirty full-size operators; on a convolutional network that is
 a third of a Hessian-vector product's time. Both derivatives have closed forms with five sums per channel. With M
@@ -13,6 +13,10 @@ A = m(v g) - m(v) m(g) - m(v xh) m(g xh):
     of w:  M inv A
     of x:  inv (a v + b g - a m(v) - b m(g) - xh (a m(v xh) + b m(g xh) + k A))
 
+A convolution is linear in its input and in its weight, so that each derivative is a convolution, the gradient of one
+with respect to its input, or that with respect to its weight. torch writes the last as a convolution with batch and
+channels exchanged; here the kernels that are made for it are called.
+
 An inner loss that itself differentiates (a gradient penalty) needs a third derivative. torch's own is wrong (2.13: it
 takes mean and inv for constants); here the formulas above are computed from x by differentiable operators.
 """
@@ -24,15 +28,18 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._C._autograd import _top_saved_tensors_default_hooks
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
+from .pooling import ordinary_autograd
+
+_CONVOLUTIONS = {F.conv1d: 1, F.conv2d: 2, F.conv3d: 3}
+
 
 class LeanDoubleBackward(TorchFunctionMode):
-    """Inside it, ``F.batch_norm`` on batch statistics is differentiable twice, leanly; elsewhere torch's own is used.
+    """Inside it, convolutions and batch norm on batch statistics are differentiable twice, leanly; others as ever.
 
-    Same forward kernel and values; also the running statistics are updated alike.
+    Same forward kernels and values; also the running statistics are updated alike.
     """
 
     def __torch_function__(
@@ -40,6 +47,8 @@ class LeanDoubleBackward(TorchFunctionMode):
     ) -> Any:
         if func is F.batch_norm:
             return _batch_norm(*args, **(kwargs or {}))
+        if func in _CONVOLUTIONS:
+            return _convolution(func, *args, **(kwargs or {}))
         return func(*args, **(kwargs or {}))
 
 
@@ -60,9 +69,7 @@ def _batch_norm(
         and input.dtype == weight.dtype
         and input.dtype in (torch.float32, torch.float64)
         and input.numel() > input.shape[1]
-        and not torch._C._are_functorch_transforms_active()  # they know nothing of these functions
-        # A checkpointed layer is run again inside torch.autograd.grad, where this mode is off: same operators as then.
-        and _top_saved_tensors_default_hooks(True) is None
+        and ordinary_autograd()
     )
     if not lean:
         return F.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
@@ -153,3 +160,88 @@ def _differentiable(
     of_g = k * (v - m_v) + xh * b + v_b
     of_x = inv * (a * (v - m_v) + b * (g - m_g) - xh * (a * m_vx + b * m_gx + k * bracket))
     return of_g, of_x, (x.numel() // x.shape[1] * inv * bracket).flatten()
+
+
+def _convolution(
+    func: Callable[..., Tensor],
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: Any = 1,
+    padding: Any = 0,
+    dilation: Any = 1,
+    groups: int = 1,
+) -> Tensor:
+    dims = _CONVOLUTIONS[func]
+    lean = (
+        not isinstance(padding, str)
+        and input.dim() == dims + 2
+        and input.dtype == weight.dtype
+        and input.dtype in (torch.float32, torch.float64)
+        and not torch.is_autocast_enabled(input.device.type)
+        and ordinary_autograd()
+    )
+    if not lean:
+        return func(input, weight, bias, stride, padding, dilation, groups)
+    sizes = [[size] * dims if isinstance(size, int) else list(size) for size in (stride, padding, dilation)]
+    sizes = [size * dims if len(size) == 1 else size for size in sizes]
+    return _Convolution.apply(input, weight, bias, (*sizes, False, [0] * dims, groups))  # type: ignore[no-any-return]
+
+
+class _Convolution(torch.autograd.Function):
+    """A convolution of inputs (n, C, ...) with a weight, plus a bias."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, window: tuple[Any, ...]) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.window, ctx.biases = window, None if bias is None else list(bias.shape)
+        return torch.ops.aten.convolution(x, weight, bias, *window)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        x, weight = ctx.saved_tensors
+        wanted = list(ctx.needs_input_grad[:3])
+        return *_ConvolutionBackward.apply(grad_outputs[0], x, weight, ctx.window, ctx.biases, wanted), None
+
+
+class _ConvolutionBackward(torch.autograd.Function):
+    """The backward of a convolution as a function of (g, x, w), linear in each."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        g: Tensor,
+        x: Tensor,
+        weight: Tensor,
+        window: tuple[Any, ...],
+        biases: list[int] | None,
+        wanted: list[bool],
+    ) -> Any:
+        ctx.save_for_backward(g, x, weight)
+        ctx.window = window
+        ctx.set_materialize_grads(False)
+        return torch.ops.aten.convolution_backward(g, x, weight, biases, *window, wanted)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor | None) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        v_x, v_w, v_b = grad_outputs
+        g, x, weight = ctx.saved_tensors
+        window, (_, x_wanted, w_wanted, *_) = ctx.window, ctx.needs_input_grad
+
+        def convolved(inputs: Tensor, kernel: Tensor) -> Tensor:
+            return _Convolution.apply(inputs, kernel, None, window)  # type: ignore[no-any-return]
+
+        def gradient(inputs: Tensor, kernel: Tensor, which: int) -> Tensor:
+            wanted = [which == 0, which == 1, False]
+            return _ConvolutionBackward.apply(g, inputs, kernel, window, None, wanted)[which]  # type: ignore[no-any-return]
+
+        terms = [
+            convolved(inputs, kernel)
+            for inputs, kernel in ((v_x, weight), (x, v_w))
+            if not (inputs is None or kernel is None)
+        ]
+        if v_b is not None:
+            terms.append(v_b.view(-1, *[1] * (g.dim() - 2)).expand_as(g))
+        of_x = gradient(x, v_w, 0) if v_w is not None and x_wanted else None
+        of_w = gradient(v_x, weight, 1) if v_x is not None and w_wanted else None
+        return sum(terms[1:], terms[0]) if terms else None, of_x, of_w, None, None, None

@@ -19,7 +19,7 @@ from .optimizers import InnerOptimizer
 from .places import copied
 from .problem import BoundProblem
 from .randomness import mixed, replayed_random_state, seed_generators
-from .rollout import Autocast, Leaves, Rollout, State, unheld
+from .rollout import Autocast, Leaves, Rollout, State, ones, unheld
 from .stacking import mapped, repeat, stack
 from .task import Task
 from .trees import Tensors
@@ -152,7 +152,7 @@ class Episode:
                 )
             inputs = [*params.values(), *(meta[name] for name in names)]
             with self.rollout.holding(params, meta, buffers):
-                found = torch.autograd.grad(loss.sum(), inputs, materialize_grads=True)
+                found = torch.autograd.grad(loss, inputs, ones(loss), materialize_grads=True)
             trees.add_(sums, dict(zip(params, found, strict=False)))
             trees.add_(into.meta, dict(zip(names, found[len(params) :], strict=True)))
             return loss.detach(), metrics

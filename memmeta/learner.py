@@ -284,7 +284,7 @@ class MetaLearner(nn.Module):
 
     def _named(self, grads: Leaves) -> Tensors:
         """Gradients by name of meta-parameter."""
-        canonical = {id(p): name for name, p in self.named_parameters()}
+        canonical = {id(p): name for name, p in self.named_parameters()} if grads.hyper else {}
         named = {f"net.{name}": grad for group in (grads.params, grads.meta) for name, grad in group.items()}
         for key, grad in grads.hyper.items():
             name = canonical[id(self.hyper[_key(key)])]  # several tensors of the network may share a rate

@@ -15,6 +15,7 @@ from . import trees
 from .errors import InputError
 from .microbatch import Reduction
 from .places import Places, copied
+from .pooling import FastPooling
 from .trees import Tensors
 
 Selection = str | Sequence[str] | Callable[[str, nn.Parameter], bool]
@@ -70,7 +71,7 @@ class Problem:
         """
         adapted = self._chosen()
         meta = {name: p for name, p in self.trainable().items() if name not in adapted}
-        return BoundProblem(self, Places(self.net), adapted, meta, self.draws())
+        return BoundProblem(self, Places(self.net), adapted, meta, self.draws(), FastPooling.helps(self.net))
 
     def trainable(self) -> dict[str, nn.Parameter]:
         """All parameters of the network that require grad, tied ones once."""
@@ -111,6 +112,7 @@ class BoundProblem:
         adapted: the parameters that the inner loop changes.
         meta: those that it reads but does not change, and that are meta-learned.
         draws: the functions of those that start anew in each task.
+        pooling: whether there is max pooling on the CPU: query sets are large enough to gain by ``FastPooling``.
     """
 
     problem: Problem
@@ -118,6 +120,7 @@ class BoundProblem:
     adapted: dict[str, nn.Parameter]
     meta: dict[str, nn.Parameter]
     draws: dict[str, Draw]
+    pooling: bool
 
     def start(self) -> Tensors:
         """The initial values of what is adapted: meta-learned parameters, or fresh draws (without a gradient)."""
@@ -136,7 +139,8 @@ class BoundProblem:
 
     def outer(self, params: Tensors, meta: Tensors, buffers: Tensors, batch: Any) -> tuple[Tensor, Tensors]:
         """The outer loss with these weights, shape (), and its metrics (detached)."""
-        value = self._call(self.problem.outer_loss, params, meta, buffers, batch)
+        with FastPooling() if self.pooling else contextlib.nullcontext():
+            value = self._call(self.problem.outer_loss, params, meta, buffers, batch)
         loss, metrics = value if isinstance(value, tuple) else (value, {})
         return check_scalar(loss, "outer loss"), trees.detach(metrics)
 

@@ -168,21 +168,30 @@ class Rollout:
         if weight != 1.0:
             value = value * weight
         if not value.requires_grad:
-            raise InputError(
-                f"the inner loss of step {t} does not depend on any adapted parameter ({', '.join(params)}): "
-                "compute it from the parameters it is given, without torch.no_grad() or .detach()"
-            )
+            raise self._independent(t)
         # Where every step has the same batch, every step's loss reads the same tensors.
         if self.inspect and piece == 0 and (t == 0 or self.batches[t] is not self.batches[t - 1]):
             refuse_captured(value, "inner loss", params, meta)
-        if self.inspect and create_graph and piece == 0:
+        if self.inspect and create_graph and piece == 0 and self._last_of_its_batch(t):
             refuse_once_differentiable(value, "inner loss", params, meta)
         with self.holding(params, meta, buffers):
-            grads = torch.autograd.grad(
-                value.sum(), list(params.values()), create_graph=create_graph, materialize_grads=True
+            found = torch.autograd.grad(
+                value, list(params.values()), ones(value), create_graph=create_graph, allow_unused=True
             )
+        if all(grad is None for grad in found):
+            raise self._independent(t)
+        grads = [torch.zeros_like(p) if g is None else g for p, g in zip(params.values(), found, strict=True)]
         # A copy: the scalar that F.mse_loss returns lies in the memory of all its elements.
         return value.detach().clone(), dict(zip(params, grads, strict=True)), settled(buffers, after)
+
+    def _independent(self, t: int) -> InputError:
+        return InputError(
+            f"the inner loss of step {t} does not depend on any adapted parameter ({', '.join(self.leaves.params)}): "
+            "compute it from the parameters it is given, without torch.no_grad() or .detach()"
+        )
+
+    def _last_of_its_batch(self, t: int) -> bool:
+        return t == self.steps - 1 or self.batches[t] is not self.batches[t + 1]
 
     def verify_microbatches(self) -> None:
         """Refuse microbatches where the inner loss is no sum or mean over examples; see ``Microbatch.verify``."""
@@ -212,6 +221,11 @@ def _layer_by_layer() -> Iterator[None]:
         yield
     finally:
         mha.set_fastpath_enabled(before)
+
+
+def ones(value: Tensor) -> Tensor | None:
+    """The cotangent of a loss, or of stacked losses: a sum would be one more operator, and one more node to walk."""
+    return torch.ones_like(value) if value.dim() else None
 
 
 def settled(before: Tensors, after: Tensors) -> Tensors:

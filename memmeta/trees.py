@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -40,8 +40,8 @@ def wanted(tree: Mapping[str, Tensor]) -> list[str]:
 
 def add_(into: Tensors, tree: Mapping[str, Tensor]) -> Tensors:
     """``into += tree`` in place, for the names in ``tree``; a name that ``into`` lacks is an error."""
-    for name, leaf in tree.items():
-        into[name].add_(leaf)
+    if tree:
+        torch._foreach_add_([into[name] for name in tree], list(tree.values()))
     return into
 
 
@@ -85,7 +85,7 @@ def flatten(tree: Any, prefix: str = "") -> tuple[Tensors, Callable[[Mapping[str
     Raises:
         InputError: two tensors have the same path (``{"a.b": x, "a": {"b": y}}``).
     """
-    pairs = list(_walk(tree, prefix))
+    pairs = _collect(tree, prefix, [])
     found = dict(pairs)
     if len(found) != len(pairs):
         names = [name for name, _ in pairs]
@@ -100,7 +100,7 @@ def flatten(tree: Any, prefix: str = "") -> tuple[Tensors, Callable[[Mapping[str
 
 def tensors(tree: Any) -> list[Tensor]:
     """The tensors in a nested tree, in order."""
-    return [leaf for _, leaf in _walk(tree, "")]
+    return [leaf for _, leaf in _collect(tree, "", [])]
 
 
 def map_tensors(function: Callable[[Tensor], Tensor], tree: Any) -> Any:
@@ -113,23 +113,25 @@ def _join(path: str, key: object) -> str:
     return f"{path}.{key}" if path else str(key)
 
 
-def _walk(tree: Any, path: str) -> Iterator[tuple[str, Tensor]]:
+def _collect(tree: Any, path: str, into: list[tuple[str, Tensor]]) -> list[tuple[str, Tensor]]:
+    """The tensors of a tree with their paths; small networks' steps are called so often that its speed counts."""
     if isinstance(tree, Tensor):
-        yield path, tree
+        into.append((path, tree))
+    elif isinstance(tree, (tuple, list)):
+        for index, value in enumerate(tree):
+            _collect(value, f"{path}.{index}" if path else str(index), into)
     elif isinstance(tree, Mapping):
         for key, value in tree.items():
-            yield from _walk(value, _join(path, key))
-    elif isinstance(tree, (list, tuple)):
-        for index, value in enumerate(tree):
-            yield from _walk(value, _join(path, index))
+            _collect(value, f"{path}.{key}" if path else str(key), into)
+    return into
 
 
 def _rebuild(tree: Any, path: str, values: Mapping[str, Tensor]) -> Any:
     if isinstance(tree, Tensor):
         return values[path]
-    if isinstance(tree, Mapping):
-        return {key: _rebuild(value, _join(path, key), values) for key, value in tree.items()}
     if isinstance(tree, (list, tuple)):
         items = [_rebuild(value, _join(path, index), values) for index, value in enumerate(tree)]
         return getattr(type(tree), "_make", type(tree))(items)  # named tuples take their fields one by one
+    if isinstance(tree, Mapping):
+        return {key: _rebuild(value, _join(path, key), values) for key, value in tree.items()}
     return tree

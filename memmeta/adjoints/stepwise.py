@@ -123,13 +123,12 @@ class _Walk:
 
     def _through_rule(self, t: int, state: State, grads: Tensors, after: _Cotangent) -> tuple[Tensors, Slots, Tensors]:
         """The VJP of the update rule: cotangents of the parameters, slots and gradient; adds those of hyper."""
-        factors = self.rollout.rule.affine(t, state.params)
-        if factors is not None:
-            lambda_g = {name: v * -factors[name][1] for name, v in after.params.items()}
-            for name, v in after.params.items():
-                if factors[name][0] != 1:
-                    v.mul_(factors[name][0])
-            return after.params, {}, lambda_g
+        if self.rollout.rule.affine is not None:
+            a, b = self.rollout.rule.affine
+            scaled = torch._foreach_mul(list(after.params.values()), -b)
+            if a != 1:
+                torch._foreach_mul_(list(after.params.values()), a)
+            return after.params, {}, dict(zip(after.params, scaled, strict=True))
         params, grads = trees.leaves(state.params), trees.leaves(grads)
         slots = {name: trees.leaves(group) for name, group in state.slots.items()}
         hyper = trees.cut(self.rollout.leaves.hyper)

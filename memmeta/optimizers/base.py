@@ -87,7 +87,9 @@ class InnerOptimizer(abc.ABC):
             InputError: a name or shape that fits no reading, or fewer values than ``steps``.
         """
         forms = {field: _form(field, value, params, steps) for field, value in self._fields().items()}
-        return BoundRule(self, forms)
+        bound = BoundRule(self, forms)
+        found = None if self.hyperparameters() else {self.affine(bound._values(name, 0, {})) for name in params}
+        return dataclasses.replace(bound, affine=found.pop() if found is not None and len(found) == 1 else None)
 
     def _fields(self) -> dict[str, Hyper]:
         found: dict[str, Hyper] = {}
@@ -120,10 +122,14 @@ class _Form:
 
 @dataclasses.dataclass(frozen=True)
 class BoundRule:
-    """An update rule checked against its parameters; applied to all of them at once."""
+    """An update rule checked against its parameters; applied to all of them at once.
+
+    ``affine`` is (a, b) where the whole update is p <- a p - b g with these two numbers at every step, else None.
+    """
 
     rule: InnerOptimizer
     forms: dict[str, _Form]
+    affine: tuple[float, float] | None = None
 
     def start(self, params: Mapping[str, Tensor]) -> Slots:
         """Fresh slots for every parameter: no state is shared with any other task."""
@@ -134,20 +140,15 @@ class BoundRule:
         self, t: int, params: Tensors, grads: Tensors, slots: Slots, hyper: Mapping[str, Tensor]
     ) -> tuple[Tensors, Slots]:
         """One step on all parameters; ``hyper`` holds the tensors named by ``InnerOptimizer.hyperparameters``."""
+        if self.affine is not None and self.affine[0] == 1 and not torch.is_grad_enabled():
+            moved = torch._foreach_add(list(params.values()), [grads[name] for name in params], alpha=-self.affine[1])
+            return dict(zip(params, moved, strict=True)), slots
         new_params: Tensors = {}
         new_slots: Slots = {}
         for name, param in params.items():
             h = self._values(name, t, hyper)
             new_params[name], new_slots[name] = self.rule.update(t, param, grads[name], slots[name], h)
         return new_params, new_slots
-
-    def affine(self, t: int, params: Mapping[str, Tensor]) -> dict[str, tuple[float, float]] | None:
-        """``InnerOptimizer.affine`` for every parameter, if each of them has it at step t."""
-        if self.rule.hyperparameters():
-            return None
-        found = {name: self.rule.affine(self._values(name, t, {})) for name in params}
-        pairs = {name: pair for name, pair in found.items() if pair is not None}
-        return pairs if len(pairs) == len(found) else None
 
     def _values(self, name: str, t: int, hyper: Mapping[str, Tensor]) -> Values:
         values: Values = {}
