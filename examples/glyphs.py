@@ -28,7 +28,7 @@ def conv4(ways: int, filters: int) -> nn.Sequential:
 
 
 def experiment(
-    steps: int = 300,
+    steps: int = 200,
     ways: int = 5,
     shots: int = 1,
     query: int = 5,
@@ -38,7 +38,7 @@ def experiment(
     evaluation_steps: int = 3,
     meta_batch: int = 16,
     outer_lr: float = 3e-3,
-    evaluation_tasks: int = 400,
+    evaluation_tasks: int = 200,
     seed: int = 0,
 ) -> Experiment:
     """MAML on letters that are drawn from fonts.
@@ -72,10 +72,10 @@ def experiment(
         schedule=schedule,
         steps=steps,
         meta_batch=meta_batch,
-        evaluate_every=max(1, steps // 5),
+        evaluate_every=max(1, steps // 4),
         evaluation_tasks=evaluation_tasks,
         evaluation_steps=evaluation_steps,
-        checkpoint_every=max(1, steps // 5),
+        checkpoint_every=max(1, steps // 4),
         seed=seed,
         baselines={
             "trained from scratch": mm.maml(scratch, loss=F.cross_entropy, optimizer=mm.Adam(lr=1e-2), steps=20)
