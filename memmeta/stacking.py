@@ -130,6 +130,10 @@ def _explained(error: RuntimeError) -> Exception:
         return UnsupportedError(
             "chunk > 1 can't stack a loss that looks at values (.item(), if on a tensor): use chunk=1"
         )
+    if "Batching rule not implemented" in text:
+        return UnsupportedError(f"chunk > 1 can't stack this network ({text.split(';')[0][:120]}): use chunk=1")
+    if "out of bounds" in text and "index" in text.lower():
+        return InputError(f"the task's labels or indices do not fit the network ({text.splitlines()[0]})")
     return error
 
 

@@ -39,3 +39,7 @@ class Task:
     support: Any
     query: Any
     address: Address | None = None
+
+    def __iter__(self) -> Iterator[Any]:
+        """``support, query = task``, as for a plain pair."""
+        return iter((self.support, self.query))

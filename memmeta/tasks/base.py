@@ -4,21 +4,22 @@ from __future__ import annotations
 
 import abc
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import overload
 
 from ..errors import InputError
-from ..task import Task
+from ..task import Address, Task
 
 
 class TaskSource(abc.ABC):
     """A stream of tasks by address: nothing has to be shipped, stored or remembered.
 
-    A subclass is a frozen dataclass with a field ``seed`` (the stream that ``batch`` reads by default), and writes
-    ``task``. The contract of ``task``: it depends on its three integers and the source's fields alone, not on
-    earlier calls, nor on the global random state of Python, NumPy or torch, which it leaves as they were.
+    A subclass is a frozen dataclass, with a field ``seed`` if ``batch`` should by default read another stream than 0,
+    and writes ``task``. The contract of ``task``: it depends on its three integers and the source's fields alone, not
+    on earlier calls, nor on the global random state of Python, NumPy or torch, which it leaves as they were.
     """
 
-    seed: int
+    seed: int = 0
 
     @abc.abstractmethod
     def task(self, seed: int, step: int, index: int) -> Task:
@@ -54,7 +55,12 @@ class TaskBatch(Sequence[Task]):
     def __getitem__(self, item: int | slice) -> Task | TaskBatch:
         if isinstance(item, slice):
             return TaskBatch(self.source, self.seed, self.step, self.indices[item])
-        return self.source.task(self.seed, self.step, self.indices[item])
+        return self._made(self.indices[item])
 
     def __iter__(self) -> Iterator[Task]:
-        return (self.source.task(self.seed, self.step, index) for index in self.indices)
+        return map(self._made, self.indices)
+
+    def _made(self, index: int) -> Task:
+        # A source that leaves the address out gets it here: it is what the randomness in the losses comes from.
+        task = self.source.task(self.seed, self.step, index)
+        return task if task.address is not None else replace(task, address=Address(self.seed, self.step, index))

@@ -45,8 +45,8 @@ def find_sets(data_dir: str) -> dict[str, SetFile]:
         InputError: nothing there, or nothing of Omniglot's.
     """
     root = Path(data_dir).expanduser()
-    if not root.exists():
-        raise InputError(f"Omniglot's folder {data_dir!r} does not exist: {RECIPE}")
+    if not os.access(root, os.R_OK):
+        raise InputError(f"Omniglot's folder {data_dir!r} does not exist or can't be read: {RECIPE}")
     found = {name: path for name in SETS for path in _places(root, name)[:1]}
     if not found:
         raise InputError(f"no Omniglot files in {data_dir!r}: {RECIPE}")

@@ -12,6 +12,9 @@ from typing import Any
 
 import pytest
 
+from memmeta.errors import InputError
+from memmeta_workers import checkpoints, load
+
 Command = Callable[..., Any]
 
 HEAD = """
@@ -267,8 +270,11 @@ def test_a_checkpoint_of_another_experiment(memmeta: Command, waves: Path, here:
     refused(
         memmeta("train", waves, "--run-dir", "run", "--resume", "--steps", "15"), "checkpoint of another experiment"
     )
-    refused(memmeta("evaluate", "run"), "is of another network", "net.0.weight")
+    refused(memmeta("evaluate", "run"), "checkpoint of another experiment")
     assert tree(here) == before
+    foreign = checkpoints.read(run / "checkpoints" / "step-00000012")
+    with pytest.raises(InputError, match=r"is of another network: .*net\.0\.weight"):
+        checkpoints.restore(foreign, load(waves).build({}).learner)
 
 
 def test_a_growing_run_whose_schedule_depends_on_its_length(memmeta: Command, waves: Path, here: Path) -> None:

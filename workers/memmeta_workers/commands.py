@@ -41,6 +41,8 @@ def train(argv: Sequence[str]) -> int:
     file = load(name)
     parser = train_parser(file)
     values = parser.parse(argv)
+    if values.run_dir == "":
+        raise InputError("--run-dir is empty: name a folder")
     folder = RunFolder(values.run_dir or default_folder(file.path))
     if values.resume is None:
         folder.check_new()
@@ -86,7 +88,7 @@ def _build(file: ExperimentFile, values: Namespace) -> Experiment:
     names = parameters(file.function)
     experiment = file.build({name: values[name] for name in names})
     if "steps" not in names:
-        return experiment if values.steps is None else dataclasses.replace(experiment, steps=values.steps)
+        return experiment if values.steps is None else dataclasses.replace(experiment, steps=int(values.steps))
     if experiment.steps != values.steps:
         raise InputError(
             f"experiment(steps={values.steps}) returned Experiment(steps={experiment.steps}): --steps is the number of "
@@ -112,6 +114,10 @@ def evaluate(argv: Sequence[str]) -> int:
     config = folder.config()
     file = load(config.experiment)
     found = find(folder, values.checkpoint, f"memmeta evaluate {shlex.quote(values.run_dir)} --checkpoint")
+    if found.experiment != config.sha256:
+        raise InputError(
+            f"{found.folder} is a checkpoint of another experiment file: choose one of this run with --checkpoint"
+        )
     options = train_parser(file)
     options.set_defaults({**config.options, "steps": config.steps}, config.experiment)
     device = devices.choose(values.device)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from dataclasses import dataclass
 
 import torch
@@ -47,6 +48,9 @@ def use(device: str, threads: int | None) -> int:
 
     Returns the number of CPU threads in use; ``None`` leaves it as it is.
     """
+    most = 16 * (os.cpu_count() or 1)
+    if threads is not None and threads > most:
+        raise InputError(f"--threads {threads}: this machine has {os.cpu_count()} cores; write at most {most}")
     if threads is not None and threads != torch.get_num_threads():
         torch.set_num_threads(threads)
     if device == "cuda":

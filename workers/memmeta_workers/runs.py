@@ -111,11 +111,15 @@ class RunFolder:
         Raises:
             InputError: there is a run, or something else, or the folder can't be written.
         """
-        if self.config_file.exists():
+        try:
+            held = self.config_file.exists()
+            above = next(folder for folder in (self.path, *self.path.absolute().parents) if folder.exists())
+        except OSError as error:
+            raise InputError(f"--run-dir {str(self.path)[:60]}...: {error.strerror}; name another folder") from error
+        if held:
             raise InputError(
                 f"{self.path} already holds a run: add --resume to go on with it, or name another --run-dir"
             )
-        above = next(folder for folder in (self.path, *self.path.absolute().parents) if folder.exists())
         if not above.is_dir():
             raise InputError(f"--run-dir {self.path}: {above} is a file; name a folder")
         if not os.access(above, os.W_OK | os.X_OK):

@@ -98,8 +98,11 @@ class Run:
         checkpoints.restore(found, self.experiment.learner)
         self.update.load_state_dict(found.update)
         self._extra = dataclasses.replace(self._extra, best=found.best, pending=found.pending)
-        self.folder.write_config(self.config)
-        self.folder.cut_metrics(found.step - (found.pending is not None))
+        try:
+            self.folder.cut_metrics(found.step - (found.pending is not None))
+            self.folder.write_config(self.config)
+        except OSError as error:
+            raise InputError(f"{self.folder.path} can't be written: {error.strerror}; copy it elsewhere") from error
         checkpoints.clean(self.folder.checkpoints)
         for step in checkpoints.steps_in(self.folder.checkpoints):
             if step > found.step:
@@ -107,9 +110,10 @@ class Run:
 
     def _check_ours(self, found: Checkpoint) -> None:
         if found.experiment != self.config.sha256:
-            raise InputError(
-                f"{found.folder} is a checkpoint of another experiment file: remove it, and resume from one of this run"
-            )
+            steps = [step for step in checkpoints.steps_in(self.folder.checkpoints) if step != found.step]
+            good = last_good(self.folder, steps, self.config.sha256)
+            way = f"the last good one: {self.again} {good}" if good else "resume from one of this run"
+            raise InputError(f"{found.folder} is a checkpoint of another experiment file: remove it; {way}")
         if found.schedule_start != self._extra.schedule_start:
             raise InputError(
                 f"{found.folder} was made with another learning-rate schedule (does it depend on --steps?): "
@@ -267,17 +271,19 @@ def find(folder: RunFolder, name: str, again: str) -> Checkpoint:
     try:
         return checkpoints.read(path)
     except CorruptError as error:
-        good = last_good(folder, [step for step in steps if step != wanted])
+        good = last_good(folder, [step for step in steps if step != wanted], folder.config().sha256)
         way = f"{again} {good}" if good else "no other checkpoint is whole: remove the folder, and train anew"
         raise InputError(f"{path} is corrupt ({error}); the last good one: {way}") from error
 
 
-def last_good(folder: RunFolder, steps: list[int]) -> str | None:
-    """The name of the latest of these checkpoints that is whole."""
+def last_good(folder: RunFolder, steps: list[int], experiment: str) -> str | None:
+    """The name of the latest of these checkpoints that is whole, and of this experiment file (its SHA-256)."""
     for step in reversed(steps):
         try:
-            checkpoints.read(folder.checkpoints / checkpoints.name_of(step))
+            found = checkpoints.read(folder.checkpoints / checkpoints.name_of(step))
         except InputError:
+            continue
+        if found.experiment != experiment:
             continue
         return checkpoints.name_of(step)
     return None

@@ -125,7 +125,10 @@ class OuterUpdate:
         self.parameters = dict(parameters)
         self.layout = Layout.of(self.parameters)
         self.sums_layout = Layout.of(self.parameters, sums=True)
-        self.optimizer = outer(list(self.parameters.values()))
+        try:
+            self.optimizer = outer(list(self.parameters.values()))
+        except ValueError as error:  # torch's optimisers refuse their options so
+            raise InputError(f"the outer optimiser refuses its options: {error}") from error
         if not isinstance(self.optimizer, torch.optim.Optimizer):
             raise InputError(f"outer(...) must return a torch.optim.Optimizer, got a {type(self.optimizer).__name__}")
         self.schedule = None if schedule is None else schedule(self.optimizer)
