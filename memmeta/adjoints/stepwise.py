@@ -40,7 +40,8 @@ class Stepwise(Adjoint):
 
     Memory: one step's graph, and T snapshots; the last step's graph is kept from the way there, so that with T = 1
     nothing is computed twice. Time: T - 1 plain gradients more than ``Unrolled``. Works for every loss whose operators
-    have a double backward; refuses others by name. Batch norm's second derivative is our own, see ``double_backward``.
+    have a double backward; refuses others by name. Batch norm and convolution have second derivatives of our own, see
+    ``double_backward``.
     """
 
     def run(self, rollout: Rollout, along: Along | None) -> Solution:
@@ -81,13 +82,13 @@ class _Record(NamedTuple):
     buffers: Tensors
 
 
-def _record(rollout: Rollout, t: int, state: State, piece: int | None = None) -> _Record:
+def _record(rollout: Rollout, t: int, state: State, piece: int = 0) -> _Record:
     """The gradient of step t (or of one microbatch of it) with its graph."""
     params, meta = trees.leaves(state.params), trees.cut(rollout.leaves.meta)
     # Its functions know nothing of vmap, under which stacked tasks run.
     lean = contextlib.nullcontext() if rollout.microbatch.stacked else LeanDoubleBackward()
     with lean:
-        loss, grads, buffers = rollout.piece_gradient(t, piece or 0, params, meta, state.buffers, True)
+        loss, grads, buffers = rollout.piece_gradient(t, piece, params, meta, state.buffers, True)
     return _Record(loss, params, meta, grads, buffers)
 
 
