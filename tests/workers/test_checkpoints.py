@@ -1,21 +1,29 @@
-"""Checkpoints are written whole or not at all, and are checked when read."""
+"""Checkpoints are written whole or not at all, and are checked when read, wherever they live."""
 
 from __future__ import annotations
 
 import os
 import pickle
-from collections.abc import Iterator
+import shutil
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from fsspec.core import url_to_fs
+from fsspec.implementations.local import LocalFileSystem
+from fsspec.implementations.memory import MemoryFileSystem
 from torch import nn
 
 from memmeta.errors import InputError
 from memmeta_workers import checkpoints
 from memmeta_workers.checkpoints import Best, CorruptError, Extra
+from memmeta_workers.stores import LocalStore, RemoteStore, Store
 from memmeta_workers.update import OuterUpdate
+
+Maker = Callable[[str], Store]
+KINDS = ("folder", "file://", "memory://")
 
 
 class Tied(nn.Module):
@@ -47,64 +55,216 @@ def advance(update: OuterUpdate) -> None:
     update.apply(update.sums_layout.flatten(sums), 1)
 
 
-def test_a_checkpoint_comes_back_with_the_same_bits(tmp_path: Path) -> None:
+@pytest.fixture(params=KINDS)
+def make(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Maker]:
+    """Makes a store of each kind, of a name."""
+    kind = request.param
+    yield lambda name: LocalStore(tmp_path / name) if kind == "folder" else RemoteStore(f"{kind}{tmp_path}/{name}")
+    system = MemoryFileSystem()
+    if system.exists(str(tmp_path)):
+        system.rm(str(tmp_path), recursive=True)
+
+
+@pytest.fixture
+def store(make: Maker) -> Store:
+    return make("checkpoints")
+
+
+def listed(store: Store) -> list[str]:
+    """Everything that lies in the store, by path."""
+    system, root = url_to_fs(str(store))
+    return sorted(path.removeprefix(root).lstrip("/") for path in system.find(root, withdirs=True) if path != root)
+
+
+def files_of(step: int) -> list[str]:
+    name = checkpoints.name_of(step)
+    return [name, *(f"{name}/{file}" for file in ("meta.safetensors", "optimizer.safetensors", "state.json"))]
+
+
+def get(store: Store, step: int, name: str) -> bytes:
+    system, folder = url_to_fs(store.location(step))
+    return bytes(system.cat_file(f"{folder}/{name}"))  # pyright: ignore[reportArgumentType]
+
+
+def put(store: Store, step: int, name: str, data: bytes) -> None:
+    system, folder = url_to_fs(store.location(step))
+    system.pipe_file(f"{folder}/{name}", data)
+
+
+def test_a_checkpoint_comes_back_with_the_same_bits(store: Store) -> None:
     net, update = made(3)
     net.norm(torch.randn(8, 4))
-    path = checkpoints.write(tmp_path, net, update, Extra("abc", best=Best(2, "loss", 0.1), pending={"step": 3}))
-    assert path == tmp_path / "step-00000003"
-    assert {entry.name for entry in path.iterdir()} == {"meta.safetensors", "optimizer.safetensors", "state.json"}
-    found = checkpoints.read(path)
+    assert store.steps() == []
+    place = store.write(net, update, Extra("abc", best=Best(2, "loss", 0.1), pending={"step": 3}))
+    assert place == store.location(3) == f"{store}/step-00000003"
+    assert listed(store) == files_of(3)
+    assert store.steps() == [3]
+    found = store.read(3)
     assert (found.step, found.experiment, found.best, found.pending) == (3, "abc", Best(2, "loss", 0.1), {"step": 3})
+    assert found.place == place
     other, resumed = made(0)
     checkpoints.restore(found, other)
     resumed.load_state_dict(found.update)
     assert other.a.weight is other.b.weight
-    for here, there in ((net, update), (other, resumed)):
+    for there in (update, resumed):
         advance(there)
-        assert here is not None
     assert all(torch.equal(a, b) for a, b in zip(net.state_dict().values(), other.state_dict().values(), strict=True))
+
+
+def test_a_step_is_written_once(store: Store) -> None:
+    net, update = made(1)
+    store.write(net, update, Extra("abc"))
+    with pytest.raises(OSError, match="step-00000001"):
+        store.write(net, update, Extra("other"))
+    assert listed(store) == files_of(1)
+    assert store.read(1).experiment == "abc"
+
+
+def test_a_removed_checkpoint_is_gone(store: Store) -> None:
+    net, update = made(1)
+    store.write(net, update, Extra("abc"))
+    advance(update)
+    store.write(net, update, Extra("abc"))
+    store.remove(1)
+    assert store.steps() == [2]
+    assert listed(store) == files_of(2)
+    with pytest.raises(FileNotFoundError):
+        store.remove(1)
+    with pytest.raises(CorruptError, match=r"state\.json is missing"):
+        store.read(1)
+
+
+def test_the_last_and_the_best_are_kept(store: Store) -> None:
+    net, update = made(0)
+    for step in range(6):
+        store.write(net, update, Extra("abc"))
+        store.prune(2, Best(1, "loss", 0.0))
+        if step < 5:
+            advance(update)
+    assert store.steps() == [1, 4, 5]
+    assert listed(store) == files_of(1) + files_of(4) + files_of(5)
 
 
 class Crash(BaseException):
     """The power went."""
 
 
-@pytest.mark.parametrize("call", ["fsync", "rename"])
-@pytest.mark.parametrize("number", range(5))
-def test_a_crash_while_writing_leaves_the_old_checkpoint_alone(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str, number: int
+class Power:
+    """Goes off at the ``last``-th operation that changes a disk or a backend; there are no others after it.
+
+    With ``half``, what was to be written then is written to its half.
+    """
+
+    OPERATIONS = (
+        *((os, name) for name in ("fsync", "rename")),
+        (shutil, "rmtree"),
+        *((kind, name) for kind in (LocalFileSystem, MemoryFileSystem) for name in ("makedirs", "rm_file", "rmdir")),
+    )
+
+    def __init__(self, patch: pytest.MonkeyPatch, last: int, half: bool) -> None:
+        self.left = last
+        for owner, name in self.OPERATIONS:
+            patch.setattr(owner, name, self._until_then(getattr(owner, name)))
+        for kind in (LocalFileSystem, MemoryFileSystem):
+            patch.setattr(kind, "pipe_file", self._until_then(kind.pipe_file, self._cut if half else None))
+
+    @property
+    def went(self) -> bool:
+        return self.left < 0
+
+    def _until_then(self, real: Any, at_last: Any = None) -> Any:
+        def operation(*arguments: Any, **options: Any) -> Any:
+            self.left -= 1
+            if self.left >= 0:
+                return real(*arguments, **options)
+            if self.left == -1 and at_last is not None:
+                at_last(real, *arguments)
+            raise Crash
+
+        return operation
+
+    @staticmethod
+    def _cut(real: Any, system: Any, path: str, data: bytes) -> None:
+        real(system, path, data[: len(data) // 2])
+
+
+def outages(monkeypatch: pytest.MonkeyPatch, act: Callable[[int], None], half: bool = False) -> Iterator[int]:
+    """Acts again and again; the power goes one operation later each time, until the act comes to its end."""
+    for last in range(100):
+        with monkeypatch.context() as patch:
+            power = Power(patch, last, half)
+            try:
+                act(last)
+            except Crash:
+                assert power.went
+        yield last
+        if not power.went:
+            assert last >= 2
+            return
+    raise AssertionError("it never ended")
+
+
+@pytest.mark.parametrize("half", [False, True], ids=["before", "within"])
+def test_a_crash_while_writing_leaves_whole_checkpoints_only(
+    make: Maker, monkeypatch: pytest.MonkeyPatch, half: bool
 ) -> None:
     net, update = made(1)
-    first = checkpoints.write(tmp_path, net, update, Extra("abc"))
-    before = {path.name: path.read_bytes() for path in first.iterdir()}
+    stores = [make(f"{last}") for last in range(100)]
+    for store in stores[:20]:
+        store.write(net, update, Extra("abc"))
     advance(update)
-    calls: Iterator[int] = iter(range(100))
-    real = getattr(os, call)
+    ends = []
+    for last in outages(monkeypatch, lambda last: void(stores[last].write(net, update, Extra("abc"))), half):
+        store = stores[last]
+        ends.append(store.steps())
+        assert all(store.read(step).step == step for step in store.steps())
+        store.clean()
+        assert store.steps() == ends[-1]
+        assert listed(store) == [file for step in store.steps() for file in files_of(step)]
+        if store.steps() == [1]:
+            store.write(net, update, Extra("abc"))
+        assert listed(store) == files_of(1) + files_of(2)
+        assert store.read(2).step == 2
+    assert ends[0] == [1]
+    assert ends[-1] == [1, 2]
 
-    def crash(*arguments: Any) -> Any:
-        if next(calls) == number:
-            raise Crash
-        return real(*arguments)
 
-    with monkeypatch.context() as patch:
-        patch.setattr(os, call, crash)
-        # What a dead process can't do any more.
-        patch.setattr(checkpoints.shutil, "rmtree", lambda *arguments, **options: None)
-        died = True
-        try:
-            checkpoints.write(tmp_path, net, update, Extra("abc"))
-            died = False
-        except Crash:
-            pass
-    assert {path.name: path.read_bytes() for path in first.iterdir()} == before
-    steps = checkpoints.steps_in(tmp_path)
-    # The last fsync (of the parent folder) comes after the rename: the checkpoint is whole by then.
-    assert steps == ([1] if died and not (call == "fsync" and number == 4) else [1, 2])
-    assert all(checkpoints.read(tmp_path / checkpoints.name_of(step)).step == step for step in steps)
-    checkpoints.clean(tmp_path)
-    if steps == [1]:
-        checkpoints.write(tmp_path, net, update, Extra("abc"))
-    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["step-00000001", "step-00000002"]
+def void(value: object) -> None:
+    """An act has no result."""
+
+
+def test_a_write_goes_over_what_an_unfinished_one_left(make: Maker, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another process id has written it, and nothing was cleaned meanwhile."""
+    net, update = made(1)
+    another = os.getpid() + 1
+    for last in outages(monkeypatch, lambda last: void(make(f"{last}").write(net, update, Extra("abc"))), half=True):
+        store = make(f"{last}")
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "getpid", lambda: another)
+            if store.steps() == []:
+                store.write(net, update, Extra("abc"))
+        store.clean()
+        assert store.read(1).step == 1
+        assert listed(store) == files_of(1)
+
+
+def test_a_crash_while_removing_leaves_whole_checkpoints_only(make: Maker, monkeypatch: pytest.MonkeyPatch) -> None:
+    net, update = made(1)
+    stores = [make(f"{last}") for last in range(20)]
+    for store in stores:
+        store.write(net, update, Extra("abc"))
+    advance(update)
+    for store in stores:
+        store.write(net, update, Extra("abc"))
+    ends = []
+    for last in outages(monkeypatch, lambda last: stores[last].remove(1)):
+        store = stores[last]
+        ends.append(store.steps())
+        assert all(store.read(step).step == step for step in store.steps())
+        store.clean()
+        assert listed(store) == [file for step in ends[-1] for file in files_of(step)]
+    assert ends[0] == [1, 2]
+    assert ends[-1] == [2]
 
 
 def test_every_file_is_on_disk_before_the_rename(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -120,7 +280,7 @@ def test_every_file_is_on_disk_before_the_rename(tmp_path: Path, monkeypatch: py
     monkeypatch.setattr(os, "open", opened)
     monkeypatch.setattr(os, "fsync", lambda descriptor: events.append(f"fsync {names[descriptor]}"))
     monkeypatch.setattr(os, "rename", lambda a, b: (events.append(f"rename {Path(b).name}"), real_rename(a, b)))
-    checkpoints.write(tmp_path / "checkpoints", *made(1), Extra("abc"))
+    LocalStore(tmp_path / "checkpoints").write(*made(1), Extra("abc"))
     temporary = f".writing-step-00000001-{os.getpid()}"
     assert events == [
         "fsync meta.safetensors",
@@ -132,7 +292,7 @@ def test_every_file_is_on_disk_before_the_rename(tmp_path: Path, monkeypatch: py
     ]
 
 
-def test_nothing_is_pickled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nothing_is_pickled(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*arguments: Any, **options: Any) -> Any:
         raise AssertionError("pickle was used")
 
@@ -140,31 +300,46 @@ def test_nothing_is_pickled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
         monkeypatch.setattr(pickle, name, refuse)
     monkeypatch.setattr(torch, "load", refuse)
     monkeypatch.setattr(torch, "save", refuse)
-    path = checkpoints.write(tmp_path, *made(1), Extra("abc"))
-    assert checkpoints.read(path).step == 1
+    store.write(*made(1), Extra("abc"))
+    assert store.read(1).step == 1
 
 
 @pytest.mark.parametrize("name", ["meta.safetensors", "optimizer.safetensors", "state.json"])
-def test_any_changed_byte_is_found(tmp_path: Path, name: str) -> None:
-    path = checkpoints.write(tmp_path, *made(1), Extra("abc")) / name
-    data = path.read_bytes()
+def test_any_changed_byte_is_found(store: Store, name: str) -> None:
+    store.write(*made(1), Extra("abc"))
+    data = get(store, 1, name)
     for place in range(0, len(data), max(1, len(data) // 40)):
-        path.write_bytes(data[:place] + bytes([data[place] ^ 0x20]) + data[place + 1 :])
+        put(store, 1, name, data[:place] + bytes([data[place] ^ 0x20]) + data[place + 1 :])
         with pytest.raises(CorruptError):
-            checkpoints.read(path.parent)
-    path.write_bytes(data)
-    assert checkpoints.read(path.parent).step == 1
+            store.read(1)
+        assert store.steps() == [1]
+    for size in (0, 1, len(data) // 2, len(data) - 1):
+        put(store, 1, name, data[:size])
+        with pytest.raises(CorruptError):
+            store.read(1)
+    put(store, 1, name, data)
+    assert store.read(1).step == 1
 
 
-def test_a_format_of_the_future_is_refused(tmp_path: Path) -> None:
-    path = checkpoints.write(tmp_path, *made(1), Extra("abc")) / "state.json"
-    path.write_text(path.read_text().replace('"format": 1', '"format": 2'))
-    with pytest.raises(InputError, match="format 2"):
-        checkpoints.read(path.parent)
+@pytest.mark.parametrize("name", ["meta.safetensors", "optimizer.safetensors", "state.json"])
+def test_a_missing_file_is_named(store: Store, name: str) -> None:
+    store.write(*made(1), Extra("abc"))
+    system, folder = url_to_fs(store.location(1))
+    system.rm_file(f"{folder}/{name}")
+    with pytest.raises(CorruptError, match=f"{name} is missing"):
+        store.read(1)
 
 
-def test_a_foreign_checkpoint_changes_nothing(tmp_path: Path) -> None:
-    found = checkpoints.read(checkpoints.write(tmp_path, *made(1), Extra("abc")))
+def test_a_format_of_the_future_is_refused(store: Store) -> None:
+    store.write(*made(1), Extra("abc"))
+    put(store, 1, "state.json", get(store, 1, "state.json").replace(b'"format": 1', b'"format": 2'))
+    with pytest.raises(InputError, match=r"step-00000001 has format 2"):
+        store.read(1)
+
+
+def test_a_foreign_checkpoint_changes_nothing(store: Store) -> None:
+    store.write(*made(1), Extra("abc"))
+    found = store.read(1)
     for other, words in (
         (nn.Linear(2, 2), "only the checkpoint has"),
         (_changed(lambda net: setattr(net, "extra", nn.Linear(1, 1))), "only the experiment has extra"),
@@ -181,14 +356,3 @@ def _changed(change: Any) -> nn.Module:
     net = Tied()
     change(net)
     return net
-
-
-def test_the_last_and_the_best_are_kept(tmp_path: Path) -> None:
-    net, update = made(0)
-    for step in range(6):
-        checkpoints.write(tmp_path, net, update, Extra("abc"))
-        checkpoints.prune(tmp_path, 2, Best(1, "loss", 0.0))
-        if step < 5:
-            advance(update)
-    assert checkpoints.steps_in(tmp_path) == [1, 4, 5]
-    assert len(list(tmp_path.iterdir())) == 3

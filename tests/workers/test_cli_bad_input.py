@@ -14,6 +14,7 @@ import pytest
 
 from memmeta.errors import InputError
 from memmeta_workers import checkpoints, load
+from memmeta_workers.stores import LocalStore
 
 Command = Callable[..., Any]
 
@@ -63,6 +64,13 @@ def refused(done: Any, *words: str) -> None:
         (["train", "{file}", "--on-nonfinite", "shrug"], ["on_nonfinite='shrug'", '"raise" or "skip"']),
         (["train", "{file}", "--threads", "0"], ["option --threads", "at least 1"]),
         (["train", "{file}", "--device", "abacus"], ["option --device", "auto, cpu, cuda"]),
+        (["train", "{file}", "--checkpoints", "nope://bucket"], ["--checkpoints nope://bucket", "nope", "s3://bucket"]),
+        (["train", "{file}", "--checkpoints", ""], ["--checkpoints is empty"]),
+        (["train", "{file}", "--checkpoints"], ["option --checkpoints needs a value"]),
+        (
+            ["train", "{file}", "--run-dir", "a", "--checkpoints", "notes.txt/x"],
+            ["notes.txt/x can't be written", "name a place that"],
+        ),
         (["train", "{file}", "more"], ["unexpected argument 'more'"]),
         (["train", "{file}", "--config", "none.yaml"], ["--config: no such file"]),
         (["train", "{file}", "--config", "broken.yaml"], ["--config", "not a YAML file"]),
@@ -208,6 +216,8 @@ def test_a_complaint_of_torch_about_labels_is_explained(
         (["train", "{file}", "--run-dir", "run", "--resume", "--inner-lr", "0.1"], ["--inner-lr 0.05, not 0.1"]),
         (["train", "{file}", "--run-dir", "run", "--resume", "--steps", "4"], ["9 outer steps already"]),
         (["train", "{file}", "--run-dir", "run", "--resume", "--threads", "7"], ["--threads"]),
+        (["train", "{file}", "--run-dir", "run", "--resume", "--checkpoints", "new"], ["--checkpoints None, not /"]),
+        (["train", "{file}", "--run-dir", "other", "--checkpoints", "run/checkpoints"], ["holds the checkpoints of a"]),
         (["train", "{file}", "--run-dir", "run", "--resume", "step-00000007"], ["no checkpoint step-00000007"]),
         (["train", "{file}", "--run-dir", "run", "--resume", "7"], ["unexpected argument '7'"]),
         (["evaluate", "run", "--checkpoint", "step-1"], ["no checkpoint step-1"]),
@@ -272,7 +282,7 @@ def test_a_checkpoint_of_another_experiment(memmeta: Command, waves: Path, here:
     )
     refused(memmeta("evaluate", "run"), "checkpoint of another experiment")
     assert tree(here) == before
-    foreign = checkpoints.read(run / "checkpoints" / "step-00000012")
+    foreign = LocalStore(run / "checkpoints").read(12)
     with pytest.raises(InputError, match=r"is of another network: .*net\.0\.weight"):
         checkpoints.restore(foreign, load(waves).build({}).learner)
 

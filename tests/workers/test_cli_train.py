@@ -15,18 +15,20 @@ from typing import Any
 
 import pytest
 import yaml
+from fsspec.core import url_to_fs
+from fsspec.implementations.memory import MemoryFileSystem
 from safetensors.torch import load_file
 
-from memmeta_workers.checkpoints import steps_in
 from memmeta_workers.cli import main
 from memmeta_workers.runs import VOLATILE, RunFolder
+from memmeta_workers.stores import LocalStore
 
 Command = Callable[..., Any]
 
 
-def contents(folder: Path, step: int) -> dict[str, Any]:
+def contents(folder: Path, step: int, checkpoints: Path | None = None) -> dict[str, Any]:
     """All that must not differ between two runs: weights, optimiser state, metrics, scores."""
-    checkpoint = folder / "checkpoints" / f"step-{step:08d}"
+    checkpoint = (checkpoints or folder / "checkpoints") / f"step-{step:08d}"
     state = json.loads((checkpoint / "state.json").read_text())
     lines = [{key: value for key, value in line.items() if key not in VOLATILE} for line in RunFolder(folder).metrics()]
     summary = json.loads((folder / "summary.json").read_text())
@@ -111,6 +113,73 @@ def test_ctrl_c_saves_and_resume_goes_on_bit_for_bit(
     resumed = memmeta("train", waves, "--run-dir", "run", "--resume")
     assert (resumed.code, resumed.err) == (0, "")
     assert contents(here / "run", 6) == whole
+
+
+@pytest.mark.parametrize("kind", ["", "file://", "memory://"])
+def test_checkpoints_elsewhere_go_on_bit_for_bit(
+    memmeta: Command, waves: Path, here: Path, whole: dict[str, Any], monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    place = f"{kind}{here}/kept"
+    monkeypatch.setenv("TEST_STOP_AT", "train:4:1")
+    stopped = memmeta("train", waves, "--run-dir", "run", "--checkpoints", place)
+    assert stopped.code == 130
+    assert not (here / "run" / "checkpoints").exists()
+    monkeypatch.delenv("TEST_STOP_AT")
+    again = memmeta("train", waves, "--run-dir", "other", "--checkpoints", place)
+    assert again.code == 2
+    assert f"--checkpoints {place} already holds the checkpoints of a run" in again.err
+    assert not (here / "other").exists()
+    resumed = memmeta("train", waves, "--run-dir", "run", "--resume")
+    assert (resumed.code, resumed.err) == (0, "")
+    assert RunFolder(here / "run").config().checkpoints == place
+    assert memmeta("evaluate", "run", "--checkpoint", "best").code == 0
+    system, root = url_to_fs(place)
+    if kind == "memory://":
+        system.get(root, f"{here}/kept", recursive=True)
+        system.rm(root, recursive=True)
+    assert contents(here / "run", 6, here / "kept") == whole
+
+
+def test_a_relative_folder_of_checkpoints_is_found_from_elsewhere(
+    memmeta: Command, waves: Path, here: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert memmeta("train", waves, "--run-dir", "run", "--checkpoints", "kept", "--steps", "3").code == 0
+    monkeypatch.chdir(tmp_path)
+    assert memmeta("train", waves, "--run-dir", here / "run", "--resume", "--steps", "4").code == 0
+    assert LocalStore(here / "kept").steps()[-1] == 4
+
+
+def test_a_backend_that_fails_stops_the_run_in_one_line(
+    memmeta: Command, waves: Path, here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place, real = f"memory://{here}/kept", MemoryFileSystem.pipe_file
+
+    def full(system: Any, path: str, data: bytes) -> None:
+        if "step-00000003" in path:
+            raise RuntimeError("quota\nexceeded")
+        real(system, path, data)
+
+    monkeypatch.setattr(MemoryFileSystem, "pipe_file", full)
+    stopped = memmeta("train", waves, "--run-dir", "run", "--checkpoints", place)
+    assert stopped.code == 1
+    words = f"{place} can't be written: RuntimeError: quota exceeded; the last checkpoint is {place}/step-00000002\n"
+    assert stopped.err == f"memmeta: error: {words}"
+    for name in ("ls", "cat_file"):
+        with monkeypatch.context() as patch:
+            patch.setattr(MemoryFileSystem, name, lambda *arguments, **options: 1 / 0)
+            for command in (["train", waves, "--run-dir", "run", "--resume"], ["evaluate", "run"]):
+                refused = memmeta(*command)
+                assert refused.code == 2
+                assert refused.err.startswith(f"memmeta: error: {place} can't be read (ZeroDivisionError")
+                assert len(refused.err.splitlines()) == 1
+    MemoryFileSystem().rm(f"{here}/kept", recursive=True)
+
+
+def test_a_run_of_an_older_version_goes_on(memmeta: Command, waves: Path, run: Path) -> None:
+    config = run / "config.yaml"
+    config.write_text(config.read_text().replace("checkpoints: null\n", ""))
+    assert "checkpoints" not in yaml.safe_load(config.read_text())
+    assert memmeta("train", waves, "--run-dir", run, "--resume", "--steps", "10").code == 0
 
 
 @pytest.mark.parametrize("outer", ["sgd", "rmsprop"])
@@ -233,7 +302,7 @@ def test_sigint_to_the_command_itself(waves: Path, here: Path) -> None:
     step = metrics.metrics()[-1]["step"]
     assert 15 <= step < 120
     # One more where the signal came while the validation tasks after that step were scored.
-    assert steps_in(metrics.checkpoints)[-1] in (step, step + 1)
+    assert LocalStore(metrics.checkpoints).steps()[-1] in (step, step + 1)
     resumed = subprocess.run(
         [*command, "--run-dir", "run", "--resume"], env=environment(), capture_output=True, text=True
     )

@@ -15,21 +15,12 @@ from torch import nn
 import memmeta as mm
 from memmeta.errors import InputError, NonFiniteError
 from memmeta.tasks.base import Task, TaskSource
-from memmeta_workers.coordinator import (
-    Coordinator,
-    Job,
-    JobResult,
-    LocalServer,
-    StopRequested,
-    Weights,
-    WorkerGroup,
-    check_tasks,
-    compute,
-    local,
-)
+from memmeta_workers.compute import Job, JobResult, check_tasks, compute
+from memmeta_workers.coordinator import Coordinator, StopRequested, Weights, WorkerGroup
 from memmeta_workers.devices import OnDevice, choose, place
 from memmeta_workers.experiment import TEST_SEED, Experiment
 from memmeta_workers.footprint import batched_peak, free_bytes, measure
+from memmeta_workers.local import LocalServer, local
 from memmeta_workers.shards import Shard
 from memmeta_workers.update import Layout, OuterUpdate
 
@@ -73,13 +64,15 @@ def test_steps_are_those_of_the_library(options: dict[str, Any]) -> None:
         optimizer.step()
         assert (record.step, record.tasks, record.learning_rate) == (step + 1, 7, 0.1)
         assert record.values == pytest.approx(report.means(), rel=1e-12)
-        assert set(record.times) == {"publish", "compute", "reduce", "update", "step", "tasks_per_second"}
+        assert set(record.times) == {"publish", "compute", "gather", "update", "step", "tasks_per_second"}
         for a, b in zip(weights(experiment), weights(twin), strict=True):
             torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-14)
 
 
 class Shuffled(WorkerGroup):
     """Three workers with copies of the learner, weights by flat buffer, answers in any order."""
+
+    embedded = False
 
     def __init__(self, experiment: Experiment, layout: Layout, seed: int) -> None:
         self.copies = [made(torch.float32) for _ in range(3)]
@@ -102,6 +95,12 @@ class Shuffled(WorkerGroup):
     def cancel(self) -> None:
         self.queue.clear()
 
+    def happened(self) -> dict[str, Any]:
+        return {"workers": 3}
+
+    def close(self) -> None:
+        self.cancel()
+
 
 class Publishing(LocalServer):
     """Publishes copies, as a server in another process does."""
@@ -114,7 +113,7 @@ class Publishing(LocalServer):
 def test_other_workers_and_another_order_give_the_same_bits(seed: int) -> None:
     alone, shared = made(torch.float32), made(torch.float32)
     update = OuterUpdate(shared.learner.meta_parameters(), shared.outer)
-    distributed = Coordinator(shared, Publishing(update), Shuffled(shared, update.sums_layout, seed))
+    distributed = Coordinator(shared, Publishing(shared, update), Shuffled(shared, update.sums_layout, seed))
     coordinator = coordinated(alone)
     for _ in range(3):
         here, there = coordinator.run_step(), distributed.run_step()

@@ -1,4 +1,4 @@
-"""Checkpoints on disk: written whole or not at all, checked when read, never pickled."""
+"""What a checkpoint is: its three files, how they are made, and how they are checked; never pickled."""
 
 from __future__ import annotations
 
@@ -7,15 +7,14 @@ import hashlib
 import json
 import os
 import re
-import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load, load_file
 from torch import Tensor, nn
 
 from memmeta.errors import InputError
@@ -24,9 +23,10 @@ from .encoding import decode, encode
 from .update import OuterUpdate
 
 FORMAT = 1
+META, OPTIMIZER, STATE = "meta.safetensors", "optimizer.safetensors", "state.json"
 _NAME = re.compile(r"step-(\d{8,})")
-_TEMPORARY = ".writing-"
-_META, _OPTIMIZER, _STATE = "meta.safetensors", "optimizer.safetensors", "state.json"
+# How JSON with an indent of one ends, and ends nowhere else.
+_END = b"\n}"
 
 
 class CorruptError(InputError):
@@ -47,7 +47,7 @@ class Checkpoint:
     """A checkpoint, read and checked.
 
     Attributes:
-        folder: where it lies.
+        place: where it lies, a path or an address.
         step: outer steps made.
         experiment: SHA-256 of the experiment file it belongs to.
         tensors: parameters ("parameter.<name>") and buffers ("buffer.<name>") of the learner.
@@ -57,7 +57,7 @@ class Checkpoint:
         pending: the metrics of this step where the run was stopped while it scored the validation tasks after it.
     """
 
-    folder: Path
+    place: str
     step: int
     experiment: str
     tensors: dict[str, Tensor]
@@ -72,12 +72,10 @@ def name_of(step: int) -> str:
     return f"step-{step:08d}"
 
 
-def steps_in(folder: Path) -> list[int]:
-    """The steps of the checkpoints in a ``checkpoints`` folder, in order; unfinished ones are not seen."""
-    if not folder.is_dir():
-        return []
-    found = [(_NAME.fullmatch(entry.name), entry) for entry in folder.iterdir()]
-    return sorted(int(match[1]) for match, entry in found if match and entry.is_dir())
+def step_of(name: str) -> int | None:
+    """The step of a checkpoint's name; ``None`` for any other name."""
+    match = _NAME.fullmatch(name)
+    return None if match is None else int(match[1])
 
 
 @dataclass(frozen=True)
@@ -90,24 +88,17 @@ class Extra:
     pending: dict[str, Any] | None = None
 
 
-def write(folder: Path, learner: nn.Module, update: OuterUpdate, extra: Extra) -> Path:
-    """Writes the checkpoint of this moment to ``folder/step-<n>``.
-
-    Everything goes to a temporary sibling first, is flushed to the disk, and is then renamed: a crash at any moment
-    leaves either no checkpoint of that name, or a whole one. One of the same name must not be there yet.
+def parts(learner: nn.Module, update: OuterUpdate, extra: Extra) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
+    """A checkpoint of this moment: the tensors of its two tensor files, by file name, and what ``seal`` takes.
 
     Args:
-        folder: the ``checkpoints`` folder.
         learner: its parameters (tied ones once) and buffers are saved.
         update: its step, optimiser and schedule are saved.
         extra: the rest.
 
     Raises:
         InputError: optimiser or schedule hold something that is neither number nor tensor.
-        OSError: the disk.
     """
-    final = folder / name_of(update.step)
-    temporary = folder / f"{_TEMPORARY}{final.name}-{os.getpid()}"
     slots: dict[str, Tensor] = {}
     state = {
         "format": FORMAT,
@@ -118,68 +109,49 @@ def write(folder: Path, learner: nn.Module, update: OuterUpdate, extra: Extra) -
         "best": None if extra.best is None else dataclasses.asdict(extra.best),
         "pending": extra.pending,
     }
-    folder.mkdir(parents=True, exist_ok=True)
-    temporary.mkdir()
-    try:
-        save_file(_owned(learner_tensors(learner)), temporary / _META)
-        save_file(_owned(slots), temporary / _OPTIMIZER)
-        state["files"] = {name: _digest(temporary / name) for name in (_META, _OPTIMIZER)}
-        state["checksum"] = _checksum(state)
-        (temporary / _STATE).write_text(json.dumps(state, indent=1), encoding="utf-8")
-        for name in (_META, _OPTIMIZER, _STATE):
-            sync(temporary / name)
-        sync(temporary)
-        os.rename(temporary, final)
-        sync(folder)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-    clean(folder)
-    return final
+    return {META: _owned(learner_tensors(learner)), OPTIMIZER: _owned(slots)}, state
 
 
-def clean(folder: Path) -> None:
-    """Removes what writes that never ended have left."""
-    for entry in folder.glob(f"{_TEMPORARY}*"):
-        shutil.rmtree(entry, ignore_errors=True)
+def seal(state: Mapping[str, Any], digests: Mapping[str, str]) -> bytes:
+    """``state.json``: the state, the SHA-256 of the tensor files by name, and its own checksum."""
+    sealed = {**state, "files": dict(digests)}
+    sealed["checksum"] = _checksum(sealed)
+    return json.dumps(sealed, indent=1).encode()
 
 
-def remove(folder: Path, step: int) -> None:
-    """Removes a checkpoint: renamed first, so that a half-removed one is never read."""
-    away = folder / f"{_TEMPORARY}gone-{name_of(step)}-{os.getpid()}"
-    os.rename(folder / name_of(step), away)
-    shutil.rmtree(away, ignore_errors=True)
+def is_whole(data: bytes) -> bool:
+    """Whether a ``state.json`` was written to its end; whether it was changed since, ``unseal`` finds."""
+    return data.endswith(_END)
 
 
-def prune(folder: Path, keep: int, best: Best | None) -> None:
-    """Keeps the last ``keep`` checkpoints and the best one."""
-    for step in steps_in(folder)[:-keep]:
-        if best is None or step != best.step:
-            remove(folder, step)
+def unseal(place: str, get: Callable[[str], bytes | Path]) -> Checkpoint:
+    """Checks every byte of a checkpoint, and reads it.
 
-
-def read(folder: Path) -> Checkpoint:
-    """Reads one checkpoint's folder and checks every byte of it.
+    Args:
+        place: where it lies, for messages.
+        get: the file of a name, as its bytes, or as a path where it need not be held in memory.
 
     Raises:
         CorruptError: with what is wrong.
+        InputError: of another format.
+        OSError: from ``get``, or from a path; a missing file is a ``CorruptError``.
     """
     try:
-        state = json.loads((folder / _STATE).read_text(encoding="utf-8"))
+        source = get(STATE)
+        text = source if isinstance(source, bytes) else source.read_bytes()
+        state = json.loads(text.decode("utf-8"))
         if state["format"] != FORMAT:
-            raise InputError(f"{folder} has format {state['format']}; this memmeta reads format {FORMAT}")
+            raise InputError(f"{place} has format {state['format']}; this memmeta reads format {FORMAT}")
         if state["checksum"] != _checksum(state):
-            raise CorruptError(f"{_STATE} was changed")
-        for name in (_META, _OPTIMIZER):
-            if _digest(folder / name) != state["files"][name]:
-                raise CorruptError(f"{name} does not have the bytes that were written")
-        slots = load_file(folder / _OPTIMIZER)
+            raise CorruptError(f"{STATE} was changed")
+        tensors = {name: _checked(name, get(name), state["files"][name]) for name in (META, OPTIMIZER)}
         best = state["best"]
         return Checkpoint(
-            folder=folder,
+            place=place,
             step=state["step"],
             experiment=state["experiment"],
-            tensors=load_file(folder / _META),
-            update=decode(state["update"], slots),
+            tensors=tensors[META],
+            update=decode(state["update"], tensors[OPTIMIZER]),
             schedule_start=state["schedule_start"],
             best=None if best is None else Best(best["step"], best["metric"], best["value"]),
             pending=state["pending"],
@@ -187,7 +159,13 @@ def read(folder: Path) -> Checkpoint:
     except FileNotFoundError as error:
         raise CorruptError(f"{Path(error.filename).name} is missing") from error
     except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, SafetensorError) as error:
-        raise CorruptError(f"{_STATE} or a tensor file can't be read ({type(error).__name__})") from error
+        raise CorruptError(f"{STATE} or a tensor file can't be read ({type(error).__name__})") from error
+
+
+def _checked(name: str, source: bytes | Path, wanted: str) -> dict[str, Tensor]:
+    if digest(source) != wanted:
+        raise CorruptError(f"{name} does not have the bytes that were written")
+    return load(source) if isinstance(source, bytes) else load_file(source)
 
 
 def restore(checkpoint: Checkpoint, learner: nn.Module) -> None:
@@ -200,12 +178,12 @@ def restore(checkpoint: Checkpoint, learner: nn.Module) -> None:
     odd = sorted(set(here) ^ set(there))
     if odd:
         side = "only the checkpoint" if odd[0] in there else "only the experiment"
-        raise InputError(f"{checkpoint.folder} is of another network: {side} has {odd[0].partition('.')[2]}")
+        raise InputError(f"{checkpoint.place} is of another network: {side} has {odd[0].partition('.')[2]}")
     for name, tensor in here.items():
         other = there[name]
         if other.shape != tensor.shape or other.dtype != tensor.dtype:
             raise InputError(
-                f"{checkpoint.folder} is of another network: {name.partition('.')[2]} is {other.dtype} "
+                f"{checkpoint.place} is of another network: {name.partition('.')[2]} is {other.dtype} "
                 f"{list(other.shape)} there and {tensor.dtype} {list(tensor.shape)} in the experiment"
             )
     with torch.no_grad():
@@ -226,12 +204,15 @@ def _owned(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     }
 
 
-def _digest(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
+def digest(source: bytes | Path) -> str:
+    """SHA-256 of bytes, or of a file."""
+    if isinstance(source, bytes):
+        return hashlib.sha256(source).hexdigest()
+    found = hashlib.sha256()
+    with source.open("rb") as file:
         while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
+            found.update(block)
+    return found.hexdigest()
 
 
 def _checksum(state: Mapping[str, Any]) -> str:

@@ -76,13 +76,17 @@ def _dispatch(arguments: list[str]) -> int:
 
 
 def _say(error: MemmetaError) -> int:
+    from .compute import TaskFailed
     from .train import Interrupted, RunFailed
 
     if isinstance(error, Interrupted):
         sys.stderr.write(f"memmeta: {_one_line(error)}\n")
         return INTERRUPTED
+    failed = error if isinstance(error, TaskFailed) else error.__cause__
+    if isinstance(failed, TaskFailed):
+        sys.stderr.write(failed.traceback)
     _error(_one_line(error))
-    return FAILED if isinstance(error, (RunFailed, NonFiniteError)) else BAD_INPUT
+    return FAILED if isinstance(error, (RunFailed, NonFiniteError, TaskFailed)) else BAD_INPUT
 
 
 def _crash(error: Exception, arguments: Sequence[str]) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
+import contextlib
 import shlex
 import sys
 import time
@@ -16,12 +16,15 @@ from rich.console import Console
 from memmeta.errors import InputError
 
 from . import checkpoints, devices
-from .coordinator import local
 from .experiment import Experiment, ExperimentFile, load
+from .local import local
 from .options import COUNT, Parser, check_required, find_file, parameters, train_parser
 from .progress import Display, display, in_bytes, show
+from .recipe import built, from_values
 from .runs import Config, RunFolder, default_folder, make_config
 from .signals import StopSignals
+from .site import on_site
+from .stores import absolute
 from .train import Run, find, summary_of
 from .update import OuterUpdate
 
@@ -50,21 +53,25 @@ def train(argv: Sequence[str]) -> int:
         stored = folder.config()
         stored.check_file(file.path, file.sha256)
         values = _resumed(parser, argv, file, stored)
+    place = None if values.checkpoints is None else absolute(values.checkpoints)
     check_required(file, values)
-    device = devices.choose(values.device)
-    threads = devices.use(device, values.threads)
-    options = parser.plain(values, parameters(file.function))
-    if values.resume is not None:
-        folder.config().check_options(options, threads, device)
-    experiment = devices.place(_build(file, values), device)
-    config = make_config(
-        file.path, file.sha256, options,
-        steps=experiment.steps, threads=threads, device=device, seed=experiment.seed, chance=experiment.chance,
-    )  # fmt: skip
-    again = shlex.join(["memmeta", "train", name, "--run-dir", str(folder.path), "--resume"])
-    console = _console()
-    shown = display(console)
-    with StopSignals() as signals, Run(experiment, config, folder, shown, again, signals.asked) as run:
+    shown = display(_console())
+    with contextlib.ExitStack() as stack:
+        signals = stack.enter_context(StopSignals())
+        site = stack.enter_context(on_site(values, shown.note))
+        devices.use(site.own_device, site.threads)
+        options = parser.plain(values, parameters(file.function))
+        if values.resume is not None:
+            folder.config().check_options(options, site.threads, site.device, place)
+        experiment = devices.place(from_values(file, values), site.own_device)
+        config = make_config(
+            file.path, file.sha256, options,
+            steps=experiment.steps, threads=site.threads, device=site.device, seed=experiment.seed,
+            chance=experiment.chance, checkpoints=place, workers=values.workers,
+        )  # fmt: skip
+        again = shlex.join(["memmeta", "train", name, "--run-dir", str(folder.path), "--resume"])
+        backend = site.backend(file, config, experiment, shown, signals.asked)
+        run = stack.enter_context(Run(experiment, config, folder, shown, again, signals.asked, backend, site.limits))
         if values.resume is None:
             run.begin()
         else:
@@ -79,22 +86,10 @@ def train(argv: Sequence[str]) -> int:
 
 def _resumed(parser: Parser, argv: Sequence[str], file: ExperimentFile, stored: Config) -> Namespace:
     """The arguments again, where what is not given is as it was in the run."""
-    fixed = {**stored.options, "threads": stored.threads, "device": stored.device, "steps": stored.steps}
+    own = {name: getattr(stored, name) for name in ("threads", "device", "steps", "checkpoints", "workers")}
+    fixed = {**stored.options, **own}
     parser.set_defaults(fixed, str(file.path))
     return parser.parse(argv)
-
-
-def _build(file: ExperimentFile, values: Namespace) -> Experiment:
-    names = parameters(file.function)
-    experiment = file.build({name: values[name] for name in names})
-    if "steps" not in names:
-        return experiment if values.steps is None else dataclasses.replace(experiment, steps=int(values.steps))
-    if experiment.steps != values.steps:
-        raise InputError(
-            f"experiment(steps={values.steps}) returned Experiment(steps={experiment.steps}): --steps is the number of "
-            "outer steps; pass it on, or rename the argument (inner_steps)"
-        )
-    return experiment
 
 
 def evaluate(argv: Sequence[str]) -> int:
@@ -116,13 +111,11 @@ def evaluate(argv: Sequence[str]) -> int:
     found = find(folder, values.checkpoint, f"memmeta evaluate {shlex.quote(values.run_dir)} --checkpoint")
     if found.experiment != config.sha256:
         raise InputError(
-            f"{found.folder} is a checkpoint of another experiment file: choose one of this run with --checkpoint"
+            f"{found.place} is a checkpoint of another experiment file: choose one of this run with --checkpoint"
         )
-    options = train_parser(file)
-    options.set_defaults({**config.options, "steps": config.steps}, config.experiment)
     device = devices.choose(values.device)
     devices.use(device, config.threads)
-    experiment = devices.place(_build(file, options.parse([config.experiment])), device)
+    experiment = devices.place(built(file, config.options, config.steps), device)
     checkpoints.restore(found, experiment.learner)
     shown = display(_console())
     if file.sha256 != config.sha256:
@@ -174,6 +167,9 @@ def _report(shown: Display, summary: Mapping[str, Any], inner_steps: int, experi
         _scores(shown, "held-out tasks", summary["test"], steps, summary["baselines"], experiment.chance)
     if summary["memory"] is not None:
         shown.note(_memory(summary["memory"], experiment.chunk))
+    if summary["workers"]:
+        peaks = ", ".join(f"{name} {in_bytes(peak)}" for name, peak in summary["workers"].items())
+        shown.note(f"peak memory of the workers: {peaks}")
 
 
 def _scores(

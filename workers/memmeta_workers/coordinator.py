@@ -1,7 +1,8 @@
-"""One synchronous outer step: publish, assign shards, gather, reduce, update; and scoring held-out tasks.
+"""One synchronous outer step: publish, assign shards, gather, update; and scoring held-out tasks.
 
 The coordinator knows two abstract partners: a ``Server`` that owns the outer update and a ``WorkerGroup`` that
-computes shards. Here are the two of the embedded mode, which share the learner's own parameters.
+computes shards. Those of the embedded mode are in local.py; those that live in other processes are in
+parameter_server.py and dispatch.py.
 """
 
 from __future__ import annotations
@@ -9,26 +10,27 @@ from __future__ import annotations
 import abc
 import contextlib
 import time
-from collections import deque
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from typing import Any, Literal
-
-from torch import Tensor
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
 from memmeta import Report
-from memmeta.errors import InputError, MemmetaError, NonFiniteError
-from memmeta.task import Address
+from memmeta.errors import MemmetaError, NonFiniteError
 
+from .checkpoints import Checkpoint, Extra
+from .compute import Job, JobResult, SourceName
 from .experiment import TEST_SEED, VALIDATION_SEED, Experiment
-from .shards import Shard, TreeSum, cut
-from .update import Applied, Layout, OuterUpdate
-
-SourceName = Literal["train", "validation", "test"]
+from .shards import cut
+from .stores import Store
+from .update import Applied
 
 
 class StopRequested(Exception):
     """The run was asked to stop: the outer step under way was abandoned, the weights are the last whole one's."""
+
+
+class ServerLost(MemmetaError):
+    """The server has gone, with its weights; they can be made again from the last checkpoint."""
 
 
 @dataclass(frozen=True)
@@ -39,108 +41,64 @@ class Weights:
     handle: object
 
 
-@dataclass(frozen=True)
-class Job:
-    """What a worker is asked for: a shard's gradient sum, or its scores.
-
-    Attributes:
-        index: position of the shard in the meta-batch, a leaf of the tree that sums are added along.
-        shard: its tasks.
-        source: where they come from.
-        gradient: take the meta-gradient; else only score.
-        baseline: score this baseline of the experiment instead of the learner.
-        inner_steps: inner steps T when scoring; ``None``: the learner's.
-    """
-
-    index: int
-    shard: Shard
-    source: SourceName
-    gradient: bool
-    baseline: str | None = None
-    inner_steps: int | None = None
-
-
-@dataclass(frozen=True)
-class JobResult:
-    """A job's answer: the gradient sum (a flat buffer, or a handle to one), over ``count`` tasks, and the report."""
-
-    job: Job
-    sums: Any
-    count: int
-    report: Report
-    seconds: float
-
-
-def compute(experiment: Experiment, layout: Layout, job: Job, *, count_bytes: bool = False) -> JobResult:
-    """Does one job with the experiment's learner as it is. The result depends on weights and job alone.
-
-    Args:
-        experiment: the worker's own copy.
-        layout: how gradient sums lie in a flat buffer.
-        job: what to do.
-        count_bytes: count live tensor bytes on the CPU (slower).
-
-    Raises:
-        NonFiniteError: with the task's address, unless the experiment skips such tasks.
-        InputError: a task does not fit the learner.
-    """
-    began = time.perf_counter()
-    tasks = job.shard.tasks(experiment.source(job.source))
-    with _labels_that_fit(job.shard):
-        if not job.gradient:
-            learner = experiment.learner if job.baseline is None else experiment.baselines[job.baseline]
-            report = learner.evaluate(tasks, steps=job.inner_steps, chunk=experiment.chunk, seed=experiment.seed)
-            return JobResult(job, None, len(tasks), report, time.perf_counter() - began)
-        found = experiment.learner.meta_gradient(
-            tasks,
-            chunk=experiment.chunk,
-            microbatch=experiment.microbatch,
-            before=True,
-            on_nonfinite=experiment.on_nonfinite,
-            seed=experiment.seed,
-            count_bytes=count_bytes,
-        )
-        sums = layout.flatten(found.sums)
-    return JobResult(job, sums, found.count, found.report, time.perf_counter() - began)
-
-
-@contextlib.contextmanager
-def _labels_that_fit(shard: Shard) -> Iterator[None]:
-    """Turns PyTorch's complaint about a label outside the network's outputs into one that says what to do."""
-    try:
-        yield
-    except IndexError as error:
-        if "arget" not in str(error) or "out of bounds" not in str(error):
-            raise
-        place = Address(shard.seed, shard.step, shard.first)
-        raise InputError(
-            f"the labels of a task from {place} on do not fit the network: {error} "
-            "Give the network's last layer as many outputs as a task has classes"
-        ) from error
-
-
 class WorkerGroup(abc.ABC):
-    """Computes jobs. Results come in any order; each submitted job is answered once, or raises."""
+    """Computes jobs. Results come in any order; each submitted job is answered once, or raises.
+
+    ``embedded``: in this process, on the very parameters that the server updates.
+    """
+
+    embedded: bool
 
     @abc.abstractmethod
     def submit(self, job: Job, weights: Weights) -> None:
         """Queues a job that is to be done with these weights."""
 
     @abc.abstractmethod
-    def results(self) -> Iterator[JobResult]:
-        """Yields the answer of every queued job.
+    def results(self) -> Iterator[JobResult | None]:
+        """Yields the answer of every queued job; ``None`` now and then, where there is nothing yet.
 
         Raises:
-            NonFiniteError, InputError, or the user's own exception from inside a loss.
+            NonFiniteError, InputError, TaskFailed: a task can't be done.
+            MemmetaError: there are no workers, or they are lost again and again.
         """
 
     @abc.abstractmethod
     def cancel(self) -> None:
         """Forgets all queued jobs."""
 
+    @abc.abstractmethod
+    def happened(self) -> dict[str, Any]:
+        """What a step's record says of the workers since the last call; empty where they are this process."""
+
+    @abc.abstractmethod
+    def close(self) -> None:
+        """Ends the workers."""
+
+
+class Reducer(abc.ABC):
+    """The sum of one meta-batch's shards, along the fixed tree."""
+
+    @abc.abstractmethod
+    def put(self, index: int, sums: Any) -> None:
+        """Hands in the sum of shard ``index``."""
+
+    @abc.abstractmethod
+    def missing(self) -> list[int]:
+        """Shards whose sums were handed in and have been lost on the way since, to be computed again.
+
+        Called when every shard was handed in; waits until all that can be added is added.
+        """
+
+    @abc.abstractmethod
+    def total(self) -> Any:
+        """The sum, for ``Server.apply``; once nothing is missing."""
+
 
 class Server(abc.ABC):
-    """Owns the meta-parameters, the outer optimiser and the step counter."""
+    """Owns the meta-parameters, the outer optimiser and the step counter.
+
+    Every method may raise ``ServerLost``. The server is then as good as new after ``restart`` and ``load``.
+    """
 
     @property
     @abc.abstractmethod
@@ -152,50 +110,40 @@ class Server(abc.ABC):
         """The weights of now, for the workers."""
 
     @abc.abstractmethod
-    def reducer(self, shards: int) -> TreeSum[Any]:
-        """A sum over so many shards, along the fixed tree."""
+    def reducer(self, shards: int) -> Reducer:
+        """A sum over so many shards."""
 
     @abc.abstractmethod
     def apply(self, sums: Any, count: int) -> Applied:
         """Divides by ``count`` and makes one update."""
 
+    @abc.abstractmethod
+    def save(self, store: Store, extra: Extra) -> None:
+        """Writes the checkpoint of now."""
 
-class LocalServer(Server):
-    """The update in this process."""
+    @abc.abstractmethod
+    def load(self, store: Store, checkpoint: Checkpoint) -> None:
+        """Goes back to a checkpoint that was read from ``store``.
 
-    def __init__(self, update: OuterUpdate) -> None:
-        self.update = update
+        Raises:
+            InputError: it does not fit the experiment.
+        """
 
-    @property
-    def step(self) -> int:
-        return self.update.step
+    @abc.abstractmethod
+    def restart(self) -> None:
+        """Puts a fresh server in the place of one that was lost; ``load`` comes next."""
 
-    def publish(self) -> Weights:
-        return Weights(self.update.step, None)
+    @abc.abstractmethod
+    def happened(self) -> dict[str, Any]:
+        """What a step's record says of the server since the last call; empty where it is this process."""
 
-    def reducer(self, shards: int) -> TreeSum[Tensor]:
-        return TreeSum(shards, self.update.sums_layout.add)
+    @abc.abstractmethod
+    def observe(self, line: Mapping[str, Any]) -> None:
+        """Told each line of ``metrics.jsonl``, to be shown wherever the server's figures are."""
 
-    def apply(self, sums: Tensor, count: int) -> Applied:
-        return self.update.apply(sums, count)
-
-
-class LocalWorkers(WorkerGroup):
-    """One worker: this process, with the very parameters that the server updates, so nothing is published."""
-
-    def __init__(self, experiment: Experiment, layout: Layout) -> None:
-        self.experiment, self.layout = experiment, layout
-        self._queue: deque[Job] = deque()
-
-    def submit(self, job: Job, weights: Weights) -> None:
-        self._queue.append(job)
-
-    def results(self) -> Iterator[JobResult]:
-        while self._queue:
-            yield compute(self.experiment, self.layout, self._queue.popleft())
-
-    def cancel(self) -> None:
-        self._queue.clear()
+    @abc.abstractmethod
+    def close(self) -> None:
+        """Ends the server."""
 
 
 @dataclass(frozen=True)
@@ -210,8 +158,12 @@ class StepRecord:
         learning_rate: of the outer optimiser, in this step.
         gradient_norm: 2-norm of the mean meta-gradient before clipping.
         skipped: addresses of the tasks left out as not finite.
-        times: seconds by part (publish, compute, reduce, update, step) and tasks per second. Differs from run to run.
+        times: seconds by part and tasks per second. Differs from run to run. ``publish``: until the weights are ready
+            to be fetched; ``compute``: from then until the last shard's answer; ``gather``: adding what has not been
+            added by then; ``update``; ``step``: all of it.
         peak_bytes: peak device memory of a shard; ``None`` on the CPU.
+        service: of the processes of the service, if there are any: how many workers, their peak bytes by name,
+            bytes into and out of the server, workers restarted and shards given out again since the last record.
     """
 
     step: int
@@ -222,6 +174,7 @@ class StepRecord:
     skipped: tuple[str, ...]
     times: dict[str, float]
     peak_bytes: int | None
+    service: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -248,6 +201,11 @@ class Coordinator:
         self, experiment: Experiment, server: Server, workers: WorkerGroup, stop: Callable[[], bool] = lambda: False
     ) -> None:
         self.experiment, self.server, self.workers, self.stop = experiment, server, workers, stop
+
+    @property
+    def embedded(self) -> bool:
+        """Whether all of it is this process."""
+        return self.workers.embedded
 
     def run_step(self) -> StepRecord:
         """One synchronous outer step.
@@ -281,6 +239,7 @@ class Coordinator:
             skipped=tuple(str(score.address) for score in report.skipped),
             times=times,
             peak_bytes=report.peak_bytes,
+            service={**self.server.happened(), **self.workers.happened()},
         )
 
     def gather(self) -> Gathered:
@@ -290,22 +249,29 @@ class Coordinator:
         weights = self.server.publish()
         published = time.perf_counter()
         shards = cut(experiment.seed, step, experiment.meta_batch, experiment.tasks_per_shard)
-        tree = self.server.reducer(len(shards))
-        reducing = 0.0
-        reports: dict[int, Report] = {}
-        count = 0
-        for result in self._run([Job(i, shard, "train", True) for i, shard in enumerate(shards)], weights):
-            received = time.perf_counter()
-            reports[result.job.index] = result.report
-            count += result.count
-            tree.put(result.job.index, result.sums)
-            reducing += time.perf_counter() - received
+        jobs = [Job(i, shard, "train", True) for i, shard in enumerate(shards)]
+        reducer = self.server.reducer(len(shards))
+        answers: dict[int, tuple[int, Report]] = {}
+        gathering = 0.0
+        todo = jobs
+        while todo:
+            with contextlib.closing(self._run(todo, weights)) as answered:
+                for result in answered:
+                    received = time.perf_counter()
+                    answers[result.job.index] = result.count, result.report
+                    reducer.put(result.job.index, result.sums)
+                    gathering += time.perf_counter() - received
+            computed = time.perf_counter()
+            todo = [jobs[index] for index in reducer.missing()]
+            gathering += time.perf_counter() - computed
+        total = reducer.total()
         times = {
             "publish": published - began,
-            "compute": time.perf_counter() - published - reducing,
-            "reduce": reducing,
+            "compute": time.perf_counter() - published - gathering,
+            "gather": gathering,
         }
-        return Gathered(tree.total(), count, Report.concat([reports[i] for i in range(len(shards))]), times)
+        report = Report.concat([answers[index][1] for index in range(len(shards))])
+        return Gathered(total, sum(count for count, _ in answers.values()), report, times)
 
     def evaluate(
         self, source: SourceName, tasks: int, *, inner_steps: int | None = None, baseline: str | None = None
@@ -318,17 +284,21 @@ class Coordinator:
         seed = {"train": self.experiment.seed, "validation": VALIDATION_SEED, "test": TEST_SEED}[source]
         shards = cut(seed, 0, tasks, self.experiment.tasks_per_shard)
         jobs = [Job(i, shard, source, False, baseline, inner_steps) for i, shard in enumerate(shards)]
-        reports = {result.job.index: result.report for result in self._run(jobs, self.server.publish())}
+        with contextlib.closing(self._run(jobs, self.server.publish())) as answered:
+            reports = {result.job.index: result.report for result in answered}
         return Report.concat([reports[i] for i in range(len(shards))])
 
-    def _run(self, jobs: list[Job], weights: Weights) -> Iterator[JobResult]:
+    def _run(self, jobs: Sequence[Job], weights: Weights) -> Generator[JobResult, None, None]:
         for job in jobs:
             self.workers.submit(job, weights)
+        open_jobs = len(jobs)
         try:
             self._check_stop()
-            for number, result in enumerate(self.workers.results(), start=1):
-                yield result
-                if number < len(jobs):
+            for result in self.workers.results():
+                if result is not None:
+                    open_jobs -= 1
+                    yield result
+                if open_jobs:
                     self._check_stop()
         finally:
             self.workers.cancel()
@@ -336,36 +306,3 @@ class Coordinator:
     def _check_stop(self) -> None:
         if self.stop():
             raise StopRequested
-
-
-def local(experiment: Experiment, update: OuterUpdate, stop: Callable[[], bool] = lambda: False) -> Coordinator:
-    """The embedded single-process mode: server and one worker in this process."""
-    return Coordinator(experiment, LocalServer(update), LocalWorkers(experiment, update.sums_layout), stop)
-
-
-def check_tasks(experiment: Experiment, layout: Layout) -> None:
-    """Tries the first tasks of every source, so that what does not fit is found before anything is written.
-
-    Takes the meta-gradient of the first chunk of training tasks and scores one task of every held-out source with
-    the learner, and one test task with every baseline. Nothing is updated.
-
-    Raises:
-        InputError, MemmetaError, NonFiniteError: what training would have raised.
-    """
-    first = cut(experiment.seed, 0, min(experiment.chunk, experiment.meta_batch), experiment.tasks_per_shard)[0]
-    try:
-        compute(experiment, layout, Job(0, first, "train", True))
-    except NonFiniteError as error:
-        raise NonFiniteError(f"outer step 1: {error.message}", error.address, error.index) from error
-    scored: list[tuple[SourceName, int, str | None]] = []
-    if experiment.validation is not None:
-        scored.append(("validation", VALIDATION_SEED, None))
-    if experiment.test is not None:
-        scored.extend(("test", TEST_SEED, name) for name in (None, *experiment.baselines))
-    for source, seed, baseline in scored:
-        job = Job(0, Shard(seed, 0, 0, 1), source, False, baseline, experiment.evaluation_steps)
-        try:
-            compute(experiment, layout, job)
-        except MemmetaError as error:
-            who = "" if baseline is None else f" with baseline {baseline!r}"
-            raise InputError(f"the first {source} task{who}: {error}") from error

@@ -16,7 +16,7 @@ from typing import Any, Literal, Union
 
 import docstring_parser
 from jsonargparse import ArgumentParser, Namespace
-from jsonargparse.typing import PositiveInt
+from jsonargparse.typing import PositiveFloat, PositiveInt
 
 from memmeta.errors import InputError
 
@@ -24,7 +24,25 @@ from .experiment import ExperimentFile
 
 # A whole number of at least 1, or nothing. (The cast tells type checkers that PositiveInt is a class.)
 COUNT: Any = typing.cast(type, PositiveInt) | None
-_OWN = ("file", "config", "print_config", "run_dir", "resume", "threads", "device", "help")
+# A number above 0, or nothing.
+SECONDS: Any = typing.cast(type, PositiveFloat) | None
+_OWN = (
+    "file",
+    "config",
+    "print_config",
+    "run_dir",
+    "resume",
+    "threads",
+    "device",
+    "checkpoints",
+    "help",
+    "workers",
+    "address",
+    "gpus_per_worker",
+    "reduce",
+    "deadline",
+    "worker_output",
+)
 _CHECKPOINT = re.compile(r"last|step-\d+")
 _WORDS: dict[Any, str] = {
     int: "a whole number",
@@ -33,6 +51,7 @@ _WORDS: dict[Any, str] = {
     str: "text",
     Path: "a path",
     PositiveInt: "a whole number of at least 1",
+    PositiveFloat: "a number above 0",
 }
 
 
@@ -178,11 +197,38 @@ def train_parser(file: ExperimentFile | None) -> Parser:
     known = {} if file is None else parameters(file.function)
     if "steps" not in known:
         parser.add("steps", COUNT, "outer steps; the experiment's own if not given", metavar="N")
-    parser.add("threads", COUNT, "CPU threads; PyTorch's choice if not given", metavar="N")
+    text = "CPU threads of each process; PyTorch's choice if not given, this machine's cores shared among --workers"
+    parser.add("threads", COUNT, text, metavar="N")
     parser.add("device", Literal["auto", "cpu", "cuda"], "where to compute", default="auto")
+    parser.add(
+        "checkpoints",
+        str | None,
+        "where checkpoints go: a folder or an address such as s3://bucket/run; RUN_DIR/checkpoints if not given",
+        metavar="ADDRESS",
+    )
+    _add_workers(parser)
     if file is not None:
         _add_experiment(parser, file, known)
     return parser
+
+
+def _add_workers(parser: Parser) -> None:
+    """The options about worker processes; what they mean is in site.py."""
+    group = parser.parser.add_argument_group("workers", "With --workers, a run computes on a Ray cluster.")
+    text = "worker processes: a number, or least:most, such as 2:8; 0: all in this process"
+    parser.add("workers", str, text, group, default="0", metavar="N")
+    text = (
+        "the Ray cluster: host:port, local (a private one for the time of the run), or auto: the one of RAY_ADDRESS "
+        "or of ray start on this machine, else local"
+    )
+    parser.add("address", str, text, group, default="auto")
+    text = "GPUs of each worker, fractions allowed; 1 where the cluster has GPUs if not given"
+    parser.add("gpus_per_worker", float | None, text, group, metavar="F")
+    text = "who adds the gradients: server, or tree: the workers, for large models or many workers; same bits"
+    parser.add("reduce", Literal["server", "tree"], text, group, default="server")
+    text = "seconds after which a worker's shard is given to another; from observed times if not given"
+    parser.add("deadline", SECONDS, text, group, metavar="S")
+    parser.add("worker_output", bool, "show what the workers print", group, default=False)
 
 
 def _add_experiment(parser: Parser, file: ExperimentFile, known: Mapping[str, inspect.Parameter]) -> None:

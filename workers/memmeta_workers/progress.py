@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import abc
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from rich.console import Console, Group
 from rich.live import Live
@@ -16,6 +16,7 @@ from memmeta import Report
 from memmeta.memory import resident_bytes
 
 from .coordinator import StepRecord
+from .dispatch import WorkerStatus
 
 PLAIN_LINES = 20
 _PLAIN_SECONDS = 60.0
@@ -52,6 +53,7 @@ class Display(abc.ABC):
 
     def __init__(self, console: Console) -> None:
         self.console = console
+        self.workers: Callable[[], Sequence[WorkerStatus]] = tuple
 
     @abc.abstractmethod
     def start(self, step: int, steps: int) -> None:
@@ -68,6 +70,10 @@ class Display(abc.ABC):
     @abc.abstractmethod
     def stop(self) -> None:
         """The outer loop has ended, in whatever way."""
+
+    def watch(self, workers: Callable[[], Sequence[WorkerStatus]]) -> None:
+        """Where the workers of the run can be looked at, if there are any."""
+        self.workers = workers
 
     def note(self, text: str) -> None:
         """One line for the user."""
@@ -146,8 +152,19 @@ class LiveDisplay(Display):
         table.add_row("before adaptation", *(show(n, record.values[f"{n}_before"]) for n in names))
         table.add_row("after adaptation", *(show(n, record.values[n]) for n in names))
         rest = f"{record.times['tasks_per_second']:.3g} tasks/s   peak memory {_memory(record)}"
-        self._shown = Group(self._bar, table, Text(rest))
+        self._shown = Group(self._bar, table, Text(rest), *self._crew())
         self._live.update(Group(self._shown, self._validation))
+
+    def _crew(self) -> list[Table]:
+        """A line for each worker."""
+        table = Table(box=None, pad_edge=False)
+        for header in ("worker", "where", "now", "tasks", "tasks/s", "peak memory"):
+            table.add_column(header, justify="left" if header in ("worker", "where", "now") else "right")
+        statuses = self.workers()
+        for one in statuses:
+            rate = f"{one.tasks / one.seconds:.3g}" if one.seconds else ""
+            table.add_row(one.name, one.place, one.state, str(one.tasks), rate, in_bytes(one.peak_bytes))
+        return [table] if statuses else []
 
     def validation(self, step: int, report: Report) -> None:
         self._validation = Text(f"step {step}: {_validation(report)}")

@@ -21,7 +21,7 @@ from memmeta.errors import InputError
 from .checkpoints import sync
 
 # What differs between two runs of the same experiment: never compared, never used for anything.
-VOLATILE = ("times", "memory")
+VOLATILE = ("times", "memory", "service")
 
 
 def memmeta_version() -> str:
@@ -47,6 +47,8 @@ class Config:
         chance: accuracy of guessing, if known.
         memmeta: version.
         torch: version.
+        checkpoints: where its checkpoints are, a folder or an address; ``None`` for the run folder's own.
+        workers: how many processes computed, last time; the result does not depend on it.
     """
 
     experiment: str
@@ -59,6 +61,8 @@ class Config:
     chance: float | None
     memmeta: str
     torch: str
+    checkpoints: str | None = None
+    workers: str = "0"
 
     def check_file(self, path: Path, sha256: str) -> None:
         """Refuses to go on with another experiment file than the run began with.
@@ -72,14 +76,16 @@ class Config:
                 "restore that file, or train into another --run-dir"
             )
 
-    def check_options(self, options: Mapping[str, Any], threads: int, device: str) -> None:
+    def check_options(
+        self, options: Mapping[str, Any], threads: int, device: str, checkpoints: str | None = None
+    ) -> None:
         """Refuses to go on under other options; only the number of outer steps may change.
 
         Raises:
             InputError: names the option, and the way out.
         """
-        before = {**self.options, "threads": self.threads, "device": self.device}
-        after = {**options, "threads": threads, "device": device}
+        before = {**self.options, "threads": self.threads, "device": self.device, "checkpoints": self.checkpoints}
+        after = {**options, "threads": threads, "device": device, "checkpoints": checkpoints}
         for name in sorted(before.keys() | after.keys()):
             if name != "steps" and before.get(name) != after.get(name):
                 option = "--" + name.replace("_", "-")
@@ -140,6 +146,12 @@ class RunFolder:
             raise InputError(
                 f"--run-dir {self.path} can't be written ({error.strerror}): name a folder that can"
             ) from error
+
+    def discard(self) -> None:
+        """Takes ``create`` back."""
+        self.config_file.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # something else is in it
+            self.path.rmdir()
 
     def write_config(self, config: Config) -> None:
         """Writes ``config.yaml``, whole or not at all."""

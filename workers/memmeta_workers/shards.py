@@ -26,6 +26,10 @@ class Shard:
         """The tasks, made from their addresses when asked for."""
         return source.batch(self.step, self.count, first=self.first, seed=self.seed)
 
+    def span(self) -> str:
+        """The positions of its tasks in the meta-batch: "tasks 4 to 7"."""
+        return f"tasks {self.first} to {self.first + self.count - 1}"
+
     def __str__(self) -> str:
         return f"shard(seed={self.seed}, step={self.step}, first={self.first}, count={self.count})"
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -13,7 +14,8 @@ from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from memmeta.errors import InputError, MemmetaError, NonFiniteError
 
-_ALIGNMENT = 16
+# That of torch's own CPU tensors: kernels may round differently for parameters that lie otherwise.
+_ALIGNMENT = 64
 
 
 @dataclass(frozen=True)
@@ -32,7 +34,7 @@ class Slot:
 
 @dataclass(frozen=True)
 class Layout:
-    """How named tensors lie in one flat buffer of bytes (uint8, shape (nbytes,)), each aligned to 16 bytes.
+    """How named tensors lie in one flat buffer of bytes (uint8, shape (nbytes,)), each aligned to 64 bytes.
 
     A round trip keeps every bit, whatever the dtypes. Two processes that make the layout of the same parameters
     agree on it.
@@ -51,8 +53,12 @@ class Layout:
             offset += -(-slots[-1].nbytes // _ALIGNMENT) * _ALIGNMENT
         return cls(tuple(slots), offset)
 
-    def flatten(self, tensors: Mapping[str, Tensor]) -> Tensor:
-        """A new flat buffer with copies of the tensors, on their device. Cost: one copy.
+    def flatten(self, tensors: Mapping[str, Tensor], into: Tensor | None = None) -> Tensor:
+        """A flat buffer with copies of the tensors, on their device. Cost: one copy.
+
+        Args:
+            tensors: by name.
+            into: a buffer that ``flatten`` made earlier, to be overwritten; a new one if not given.
 
         Raises:
             MemmetaError: names or shapes are not those of the layout.
@@ -61,7 +67,7 @@ class Layout:
             odd = sorted(set(tensors) ^ {slot.name for slot in self.slots})
             raise MemmetaError(f"the tensors are not those of the layout: {', '.join(odd)}")
         device = next((tensor.device for tensor in tensors.values()), torch.device("cpu"))
-        buffer = torch.zeros(self.nbytes, dtype=torch.uint8, device=device)
+        buffer = torch.zeros(self.nbytes, dtype=torch.uint8, device=device) if into is None else into
         for name, view in self.views(buffer).items():
             if view.shape != tensors[name].shape:
                 raise MemmetaError(f"{name} has shape {tuple(tensors[name].shape)}, not {tuple(view.shape)}")
@@ -83,12 +89,38 @@ class Layout:
         for name, view in self.views(buffer).items():
             tensors[name].copy_(view)
 
-    def add(self, left: Tensor, right: Tensor) -> Tensor:
-        """``left += right``, value by value; returns ``left``."""
-        into = self.views(left)
-        for name, view in self.views(right).items():
-            into[name].add_(view)
-        return left
+    def adopt(self, parameters: Mapping[str, nn.Parameter]) -> Tensor | None:
+        """Moves the parameters into one new flat buffer, as views of it, and returns that.
+
+        ``None``, and nothing is moved, where one of them is not contiguous: laid out otherwise, kernels might round
+        otherwise.
+        """
+        if not all(parameter.is_contiguous() for parameter in parameters.values()):
+            return None
+        buffer = self.flatten(parameters)
+        for name, view in self.views(buffer).items():
+            parameters[name].data = view
+        return buffer
+
+    def add(self, left: Tensor, right: Tensor, into: Tensor | None = None) -> Tensor:
+        """``left + right``, value by value, into ``left`` or another buffer; returns that."""
+        into = left if into is None else into
+        for dtype, start, end in self._runs:
+            a, b, out = (buffer[start:end].view(dtype) for buffer in (left, right, into))
+            torch.add(a, b, out=out)
+        return into
+
+    @cached_property
+    def _runs(self) -> list[tuple[torch.dtype, int, int]]:
+        """Neighbouring slots of one dtype as one: their padding is zero, and stays zero in a sum."""
+        runs: list[tuple[torch.dtype, int, int]] = []
+        for slot in self.slots:
+            end = slot.offset + -(-slot.nbytes // _ALIGNMENT) * _ALIGNMENT
+            if runs and runs[-1][0] == slot.dtype:
+                runs[-1] = (slot.dtype, runs[-1][1], end)
+            else:
+                runs.append((slot.dtype, slot.offset, end))
+        return runs
 
 
 @dataclass(frozen=True)
@@ -147,7 +179,7 @@ class OuterUpdate:
         """One outer step from gradient *sums* over ``count`` tasks: their mean, whatever shards they came in.
 
         Args:
-            sums: flat buffer of ``sums_layout``; not changed.
+            sums: flat buffer of ``sums_layout``; it becomes the mean, in place.
             count: tasks in the sums.
 
         Raises:
@@ -159,7 +191,7 @@ class OuterUpdate:
             raise MemmetaError(f"outer step {self.step + 1}: every task of the meta-batch was skipped as not finite")
         for name, total in self.sums_layout.views(sums).items():
             parameter = self.parameters[name]
-            parameter.grad = (total.to(parameter.device) / count).to(parameter.dtype)
+            parameter.grad = total.div_(count).to(parameter.device, parameter.dtype)
         limit = math.inf if self.clip_norm is None else self.clip_norm
         norm = float(nn.utils.clip_grad_norm_(list(self.parameters.values()), limit))
         if not math.isfinite(norm):

@@ -1,0 +1,191 @@
+"""The Ray cluster that a run computes on: one that is there, or a private one for the time of the run."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import secrets
+import shutil
+import signal
+import socket
+import sys
+import tempfile
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from memmeta.errors import InputError
+
+# Short: the names of Ray's sockets must fit in about 100 characters.
+_PREFIX = "mm-"
+
+
+@dataclass(frozen=True)
+class Connection:
+    """Where a run computes.
+
+    Attributes:
+        private: the cluster lives as long as the run.
+        text: for the user.
+        gpus: in the cluster.
+    """
+
+    private: bool
+    text: str
+    gpus: float
+
+
+@contextlib.contextmanager
+def connected(address: str, cpus: int, namespace: str, output: bool = False) -> Iterator[Connection]:
+    """Attaches to a Ray cluster for the time of the context; everything of the run is gone afterwards.
+
+    Args:
+        address: "local": a private cluster; "auto": the one that ``RAY_ADDRESS`` or ``ray start`` on this machine
+            names, else a private one; or the address of a cluster.
+        cpus: processes that a private cluster must have room for, even if the machine has fewer cores.
+        namespace: of the run's actors: runs on one cluster do not meet.
+        output: show what the workers print.
+
+    Raises:
+        InputError: Ray is not installed, there is no cluster at the address, or it has another version.
+    """
+    where = _named(address)
+    _before_import(private=where is None)
+    ray = _import_ray()
+    options: dict[str, Any] = {"namespace": namespace, "log_to_driver": output, "logging_level": "ERROR"}
+    with contextlib.ExitStack() as stack:
+        if where is None:
+            cores = max(cpus, os.cpu_count() or 1)
+            folder = stack.enter_context(_temporary())
+            stack.callback(ray.shutdown)
+            with _one_line("local"), _own_signals():
+                ray.init(address="local", num_cpus=cores, include_dashboard=False, _temp_dir=folder, **options)
+            text = f"a private Ray cluster on this machine, {cores} CPUs"
+        else:
+            stack.callback(ray.shutdown)
+            with _one_line(where), _own_signals():
+                ray.init(address=where, **options)
+            nodes = sum(node["Alive"] for node in ray.nodes())
+            text = f"the Ray cluster at {where}, {nodes} node{'s' if nodes > 1 else ''}"
+        yield Connection(where is None, text, float(ray.cluster_resources().get("GPU", 0)))
+
+
+@contextlib.contextmanager
+def _own_signals() -> Iterator[None]:
+    """Keeps this process's handler of SIGTERM, which ``ray.init`` replaces."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _named(address: str) -> str | None:
+    """The address of a cluster that is there, or ``None`` for a private one."""
+    if address == "local":
+        return None
+    named = address if address != "auto" else os.environ.get("RAY_ADDRESS")
+    found = named or _started_here()
+    if found is None or _answers(found):
+        return found
+    if not named:
+        return None  # what a cluster that was killed has left behind
+    raise InputError(
+        f"no Ray cluster answers at {named}: start one (ray start --head), correct the address (host:port, "
+        "6379 unless told otherwise), or write --address local"
+    )
+
+
+def _started_here() -> str | None:
+    """The address that ``ray start`` on this machine has left. Asking Ray itself ("auto") might find the private
+    cluster of another run too."""
+    base = os.environ.get("RAY_TMPDIR") or ("/tmp" if sys.platform.startswith("linux") else tempfile.gettempdir())
+    try:
+        return Path(base, "ray", "ray_current_cluster").read_text(encoding="utf-8").strip() or None
+    except OSError:
+        return None
+
+
+def _answers(address: str) -> bool:
+    """Whether anything listens there."""
+    host, _, port = address.rpartition(":")
+    try:
+        with socket.create_connection((host, int(port)), timeout=2.0):
+            return True
+    except (OSError, ValueError):
+        return False
+
+
+def _before_import(private: bool) -> None:
+    """Settings that Ray reads once, when it is imported; what the user has set stays.
+
+    A private cluster listens on 127.0.0.1 alone, and asks for a token that only this process and its children know.
+    """
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    # The loss of a worker is told by the run itself, in one line instead of ten.
+    os.environ.setdefault("RAY_DEDUP_LOGS_SKIP_REGEX", "A worker died or was killed while executing")
+    if private and "ray" not in sys.modules:
+        os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
+        if "RAY_AUTH_MODE" not in os.environ:
+            os.environ.update(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=secrets.token_hex(32))
+
+
+def _import_ray() -> Any:
+    try:
+        import ray
+    except ModuleNotFoundError as error:
+        if error.name != "ray":
+            raise
+        raise InputError(
+            "--workers needs Ray, which is not installed here: pip install 'memmeta[service]', "
+            "or leave --workers out to train in this process"
+        ) from error
+    return ray
+
+
+@contextlib.contextmanager
+def _one_line(address: str) -> Iterator[None]:
+    """What ``ray.init`` raises as one line that says what to do."""
+    try:
+        yield
+    except ConnectionError as error:
+        raise InputError(
+            f"no Ray cluster answers at {address} ({_first_line(error)}): start one (ray start --head), correct the "
+            "address, or write --address local"
+        ) from error
+    except RuntimeError as error:
+        if "ersion mismatch" not in str(error):
+            raise InputError(f"Ray can't use the cluster at {address}: {_first_line(error)}") from error
+        raise InputError(
+            f"the Ray cluster at {address} has other versions than this machine: {' '.join(str(error).split())}; "
+            "install the cluster's versions of Ray and Python here, or write --address local"
+        ) from error
+    except ValueError as error:
+        raise InputError(f"Ray can't use the cluster at {address}: {_first_line(error)}") from error
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0].strip().rstrip(".:") if lines else type(error).__name__
+
+
+@contextlib.contextmanager
+def _temporary() -> Iterator[str]:
+    """A short folder for a private cluster's sockets and logs; removed, and those of runs that were killed too."""
+    base = Path(tempfile.gettempdir())
+    if len(str(base)) > 20 and sys.platform != "win32":
+        base = Path("/tmp")
+    for old in base.glob(f"{_PREFIX}*-*"):
+        process = old.name[len(_PREFIX) :].partition("-")[0]
+        if process.isdecimal() and not Path("/proc", process).exists() and Path("/proc").is_dir():
+            shutil.rmtree(old, ignore_errors=True)
+    folder = tempfile.mkdtemp(prefix=f"{_PREFIX}{os.getpid()}-", dir=base)
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)

@@ -1,0 +1,103 @@
+"""The embedded mode: server and worker are this process, and nothing is sent."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+from torch import Tensor
+
+from .checkpoints import Checkpoint, Extra, restore
+from .compute import Job, JobResult, compute
+from .coordinator import Coordinator, Reducer, Server, Weights, WorkerGroup
+from .experiment import Experiment
+from .shards import TreeSum
+from .stores import Store
+from .update import Applied, Layout, OuterUpdate
+
+
+class LocalReducer(Reducer):
+    """Adds at once; nothing is ever lost."""
+
+    def __init__(self, shards: int, layout: Layout) -> None:
+        self._tree: TreeSum[Tensor] = TreeSum(shards, layout.add)
+
+    def put(self, index: int, sums: Tensor) -> None:
+        self._tree.put(index, sums)
+
+    def missing(self) -> list[int]:
+        return []
+
+    def total(self) -> Tensor:
+        return self._tree.total()
+
+
+class LocalServer(Server):
+    """The update in this process, on the parameters of ``experiment.learner`` themselves."""
+
+    def __init__(self, experiment: Experiment, update: OuterUpdate) -> None:
+        self.experiment, self.update = experiment, update
+
+    @property
+    def step(self) -> int:
+        return self.update.step
+
+    def publish(self) -> Weights:
+        return Weights(self.update.step, None)
+
+    def reducer(self, shards: int) -> LocalReducer:
+        return LocalReducer(shards, self.update.sums_layout)
+
+    def apply(self, sums: Tensor, count: int) -> Applied:
+        return self.update.apply(sums, count)
+
+    def save(self, store: Store, extra: Extra) -> None:
+        store.write(self.experiment.learner, self.update, extra)
+
+    def load(self, store: Store, checkpoint: Checkpoint) -> None:
+        restore(checkpoint, self.experiment.learner)
+        self.update.load_state_dict(checkpoint.update)
+
+    def restart(self) -> None:
+        return None
+
+    def observe(self, line: Mapping[str, Any]) -> None:
+        return None
+
+    def happened(self) -> dict[str, Any]:
+        return {}
+
+    def close(self) -> None:
+        return None
+
+
+class LocalWorkers(WorkerGroup):
+    """One worker: this process, with the very parameters that the server updates, so nothing is published."""
+
+    embedded = True
+
+    def __init__(self, experiment: Experiment, layout: Layout) -> None:
+        self.experiment, self.layout = experiment, layout
+        self._queue: deque[Job] = deque()
+
+    def submit(self, job: Job, weights: Weights) -> None:
+        self._queue.append(job)
+
+    def results(self) -> Iterator[JobResult]:
+        while self._queue:
+            yield compute(self.experiment, self.layout, self._queue.popleft())
+
+    def cancel(self) -> None:
+        self._queue.clear()
+
+    def happened(self) -> dict[str, Any]:
+        return {}
+
+    def close(self) -> None:
+        self.cancel()
+
+
+def local(experiment: Experiment, update: OuterUpdate, stop: Callable[[], bool] = lambda: False) -> Coordinator:
+    """The embedded single-process mode: server and one worker in this process."""
+    return Coordinator(experiment, LocalServer(experiment, update), LocalWorkers(experiment, update.sums_layout), stop)
