@@ -102,6 +102,8 @@ def experiment(
     meta_batch: int = 6,
     shard_size: int = 1,
     hidden: int = 8,
+    inner_lr: float = 0.05,
+    outer_lr: float = 0.01,
     kind: str = "",
     folder: str = "/nonexistent",
     at_task: str = "",
@@ -119,7 +121,7 @@ def experiment(
         steps: outer steps.
     """
     net = nn.Sequential(nn.Linear(1, hidden), nn.Tanh(), nn.Linear(hidden, 1))
-    learner = mm.maml(net, loss=F.mse_loss, optimizer=mm.SGD(lr=0.05), steps=2)
+    learner = mm.maml(net, loss=F.mse_loss, optimizer=mm.SGD(lr=inner_lr), steps=2)
     Outer.accident = (kind, folder, at_update, driver)
     source = Waves(kind, folder, at_task, driver, pause, bad)
     plain = Waves("", folder, "", driver, pause)
@@ -128,7 +130,7 @@ def experiment(
         train=source,
         validation=plain,
         test=plain,
-        outer=lambda parameters: Outer(parameters, lr=0.01),
+        outer=lambda parameters: Outer(parameters, lr=outer_lr),
         schedule=lambda optimizer: torch.optim.lr_scheduler.StepLR(optimizer, 4, gamma=0.5),
         steps=steps,
         meta_batch=meta_batch,
@@ -142,16 +144,22 @@ def experiment(
 '''
 
 
+# Set in the environment of everything that a test session starts: other clusters on the machine are left alone.
+MARK = "MEMMETA_TEST_SESSION"
+
+
 def processes(*names: str) -> list[int]:
-    """Processes of Ray actors whose class is one of these, such as "TaskWorker"."""
+    """Processes of this session's Ray actors whose class is one of these, such as "TaskWorker"."""
+    mark = f"{MARK}={os.environ.get(MARK, '')}".encode()
     found = []
     for folder in Path("/proc").iterdir():
         if folder.name.isdecimal():
             try:
                 title = (folder / "cmdline").read_bytes().decode(errors="replace")
+                ours = MARK not in os.environ or mark in (folder / "environ").read_bytes()
             except OSError:
                 continue
-            if title.startswith("ray::") and any(name in title for name in names):
+            if ours and title.startswith("ray::") and any(name in title for name in names):
                 found.append(int(folder.name))
     return sorted(found)
 

@@ -17,34 +17,13 @@ import pytest
 import yaml
 from fsspec.core import url_to_fs
 from fsspec.implementations.memory import MemoryFileSystem
-from safetensors.torch import load_file
+from run_contents import contents
 
 from memmeta_workers.cli import main
-from memmeta_workers.runs import VOLATILE, RunFolder
+from memmeta_workers.runs import RunFolder
 from memmeta_workers.stores import LocalStore
 
 Command = Callable[..., Any]
-
-
-def contents(folder: Path, step: int, checkpoints: Path | None = None) -> dict[str, Any]:
-    """All that must not differ between two runs: weights, optimiser state, metrics, scores."""
-    checkpoint = (checkpoints or folder / "checkpoints") / f"step-{step:08d}"
-    state = json.loads((checkpoint / "state.json").read_text())
-    lines = [{key: value for key, value in line.items() if key not in VOLATILE} for line in RunFolder(folder).metrics()]
-    summary = json.loads((folder / "summary.json").read_text())
-    tensors = {
-        f"{file}:{name}": tensor.numpy().tobytes()
-        for file in ("meta", "optimizer")
-        for name, tensor in load_file(checkpoint / f"{file}.safetensors").items()
-    }
-    return {
-        "update": state["update"],
-        "best": state["best"],
-        "tensors": tensors,
-        "metrics": lines,
-        "test": summary["test"],
-        "baselines": summary["baselines"],
-    }
 
 
 @pytest.fixture(scope="session")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import struct
 from typing import Any
@@ -10,8 +11,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import memmeta as mm
 from memmeta.errors import InputError, MemmetaError, NonFiniteError
+from memmeta.tasks.base import Task, TaskSource
 from memmeta_workers.encoding import decode, encode
+from memmeta_workers.experiment import Experiment
+from memmeta_workers.local import local
 from memmeta_workers.shards import tree_sum
 from memmeta_workers.update import Layout, OuterUpdate
 
@@ -73,6 +78,65 @@ def test_unequal_shards() -> None:
     assert sum(sum(tasks) / count for count, tasks in shards.items()) / 2 == 21.25
     update.apply(tree_sum(sums, update.sums_layout.add), sum(shards))
     assert update.parameters["w"].item() == -28.5
+
+
+@dataclasses.dataclass(frozen=True)
+class Slopes(TaskSource):
+    """Tasks whose meta-gradients are these numbers."""
+
+    slopes: tuple[float, ...] = ()
+    seed: int = 0
+
+    def task(self, seed: int, step: int, index: int) -> Task:
+        slope = torch.tensor(self.slopes[index], dtype=torch.float64)
+        return Task(slope, slope)
+
+
+class Slope(nn.Module):
+    """``w`` is meta-learned; ``u`` is what the inner loop changes, in vain."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.w = nn.Parameter(torch.zeros((), dtype=torch.float64))
+        self.u = nn.Parameter(torch.zeros((), dtype=torch.float64))
+
+    def forward(self, slope: Tensor) -> Tensor:
+        return slope * self.w + 0.0 * self.u
+
+
+NAN = float("nan")
+
+
+@pytest.mark.parametrize(
+    ("slopes", "shard_size", "counted"),
+    [
+        ((20.75, 35.75, 50.75, 6.75), 3, 4),
+        ((20.75, 35.75, 50.75, 6.75), 1, 4),
+        ((20.75, 35.75, 50.75, 6.75), 2, 4),
+        ((20.75, 35.75, 50.75, NAN, 6.75), 3, 4),
+        ((NAN, 20.75, NAN, 35.75, 50.75, 6.75), 3, 4),
+        ((NAN, NAN, 20.75, 35.75, 50.75, 6.75), 2, 4),
+    ],
+    ids=["3 and 1", "one each", "2 and 2", "3 and 1 of 2", "1 of 3 and 3", "a shard of nothing"],
+)
+def test_the_mean_is_over_the_tasks_that_count(slopes: tuple[float, ...], shard_size: int, counted: int) -> None:
+    """The same 28.5 however the tasks are cut, and whatever is skipped: divided by the tasks that are in the sum."""
+    problem = mm.Problem(
+        Slope(), lambda net, batch: net.u**2, lambda net, batch: net(batch), "u", redraw={"u": torch.zeros_like}
+    )
+    experiment = Experiment(
+        learner=mm.MetaLearner(problem, optimizer=mm.SGD(lr=0.1), steps=1),
+        train=Slopes(slopes),
+        outer=lambda parameters: torch.optim.SGD(parameters, lr=1.0),
+        meta_batch=len(slopes),
+        shard_size=shard_size,
+        on_nonfinite="skip",
+    )
+    update = OuterUpdate(experiment.learner.meta_parameters(), experiment.outer)
+    record = local(experiment, update).run_step()
+    assert (record.tasks, len(record.skipped)) == (counted, len(slopes) - counted)
+    assert record.gradient_norm == 28.5
+    assert {name: parameter.item() for name, parameter in update.parameters.items()} == {"net.w": -28.5}
 
 
 def test_an_update_is_torchs_own() -> None:

@@ -52,7 +52,7 @@ def connected(address: str, cpus: int, namespace: str, output: bool = False) -> 
         InputError: Ray is not installed, there is no cluster at the address, or it has another version.
     """
     where = _named(address)
-    _before_import(private=where is None)
+    _before_import(where is None, output)
     ray = _import_ray()
     options: dict[str, Any] = {"namespace": namespace, "log_to_driver": output, "logging_level": "ERROR"}
     with contextlib.ExitStack() as stack:
@@ -121,14 +121,15 @@ def _answers(address: str) -> bool:
         return False
 
 
-def _before_import(private: bool) -> None:
+def _before_import(private: bool, output: bool) -> None:
     """Settings that Ray reads once, when it is imported; what the user has set stays.
 
     A private cluster listens on 127.0.0.1 alone, and asks for a token that only this process and its children know.
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    # The loss of a worker is told by the run itself, in one line instead of ten.
-    os.environ.setdefault("RAY_DEDUP_LOGS_SKIP_REGEX", "A worker died or was killed while executing")
+    if not output:
+        # Ray's own words on each loss; the run tells it in one line instead of thirty.
+        os.environ.setdefault("RAY_DEDUP_LOGS_SKIP_REGEX", ".")
     if private and "ray" not in sys.modules:
         os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
         if "RAY_AUTH_MODE" not in os.environ:

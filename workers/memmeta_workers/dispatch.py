@@ -301,7 +301,7 @@ class Dispatcher(WorkerGroup):
     def _gone(self, name: str, worker: _Worker, loss: Loss, reason: str) -> None:
         if not worker.ready:
             self._failed_starts += 1
-            if self._failed_starts >= self.limits.attempts:
+            if self._failed_starts >= self.limits.starts:
                 raise MemmetaError(f"{self._failed_starts} workers in a row ended while they were starting: {reason}")
         current = worker.hand[0] if worker.hand else None
         self._note(f"{name} ({worker.place or 'starting'}) {loss.value}; another is asked for. {reason}")

@@ -52,6 +52,7 @@ class Limits:
         patience: how long a run waits with fewer workers than it needs, before it stops.
         attempts: workers that one shard may cost, one after the other, before the run stops.
         memory_attempts: the same for workers that ran out of memory.
+        starts: workers in a row that may end before they are ready, before the run stops.
         copy_after: a shard that has taken so many times what was expected is given to an idle worker too.
         depth: shards a worker holds at a time: the one it computes, and those queued behind it.
         server_timeout: how long the parameter server may take over one call, apart from moving bytes.
@@ -65,6 +66,7 @@ class Limits:
     patience: float = 600.0
     attempts: int = 3
     memory_attempts: int = 2
+    starts: int = 10
     copy_after: float = 1.5
     depth: int = 2
     server_timeout: float = 120.0

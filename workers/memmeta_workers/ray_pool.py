@@ -25,6 +25,7 @@ _REASONS = {
     "its node has died": "its node has died",
     "node was terminated": "its node has died",
     "Worker unexpectedly exits": "its process was killed, or crashed",
+    "temporarily unavailable": "it can't be reached",
     "ray.kill": "its process was ended",
 }
 
