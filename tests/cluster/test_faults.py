@@ -75,9 +75,7 @@ def test_all_workers_die_at_once_between_tasks(train: Command, here: Path, undis
 
 
 @pytest.mark.parametrize("at", ["0", "4", "2,3,6"])
-def test_the_server_dies_in_the_middle_of_an_update(
-    train: Command, here: Path, undisturbed: Command, at: str
-) -> None:
+def test_the_server_dies_in_the_middle_of_an_update(train: Command, here: Path, undisturbed: Command, at: str) -> None:
     done = train("--workers", 2, "--run-dir", "run", "--kind", "kill", "--at-update", at)
     assert (done.code, done.err) == (0, "")
     assert done.out.count("the parameter server died") == len(at.split(","))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 import traceback
 from collections.abc import Callable, Iterator
@@ -24,7 +25,7 @@ from .update import Layout
 
 SourceName = Literal["train", "validation", "test"]
 LESS_MEMORY = "lower chunk or set microbatch in the Experiment, which is what a memory budget (--memory) decides"
-_LIBRARIES = tuple(str(Path(file or "").parent) for file in (memmeta.__file__, torch.__file__, __file__))
+_LIBRARIES = tuple(f"{Path(file or '').parent}{os.sep}" for file in (memmeta.__file__, torch.__file__, __file__))
 
 
 @dataclass(frozen=True)
@@ -169,6 +170,10 @@ def compute(
             count_bytes=count_bytes,
         )
         sums = layout.flatten(found.sums, into)
+    except InputError as error:
+        if isinstance(error.__cause__, (IndexError, RuntimeError)) and "out of bounds" in str(error.__cause__):
+            raise InputError(f"{tasks.under_way()}: {error}") from error
+        raise
     except MemmetaError:
         raise
     except Exception as error:

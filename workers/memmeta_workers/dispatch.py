@@ -103,6 +103,7 @@ class Dispatcher(WorkerGroup):
         self._next_ticket = 0
         self._paces: dict[tuple[object, ...], _Pace] = {}
         self._losses: Counter[tuple[int, Loss]] = Counter()
+        self._for_fresh: dict[int, float] = {}
         self._failed_starts = 0
         self._short_since: float | None = None
         self._said_short = False
@@ -114,11 +115,12 @@ class Dispatcher(WorkerGroup):
         self._waiting.append(job.index)
 
     def results(self) -> Iterator[JobResult | None]:
+        self._short_since = None  # what goes on between two meta-batches is not waiting for workers
         while self._jobs:
             self.staff()
             self._deal()
-            for event in self.pool.wait(_TICK):
-                result = self._hear(event)
+            # All are heard before any is handed on: whoever leaves after the first must not lose the rest.
+            for result in [self._hear(event) for event in self.pool.wait(_TICK)]:
                 if result is not None:
                     yield result
             self._watch()
@@ -131,6 +133,7 @@ class Dispatcher(WorkerGroup):
         self._jobs.clear()
         self._waiting.clear()
         self._losses.clear()
+        self._for_fresh.clear()
 
     def happened(self) -> dict[str, Any]:
         ready = {name: worker for name, worker in self._workers.items() if worker.ready}
@@ -139,7 +142,7 @@ class Dispatcher(WorkerGroup):
             worker.fetching = 0.0
         counts = {name: self._counts[name] for name in ("restarts", "reissued", "copies")}
         self._counts.clear()
-        peaks = {name: worker.peak_bytes for name, worker in ready.items()}
+        peaks = {name: worker.peak_bytes for name, worker in ready.items() if worker.tasks}
         return {"workers": len(ready), **counts, "fetch_seconds": fetching, "peak_bytes": peaks}
 
     def close(self) -> None:
@@ -150,15 +153,14 @@ class Dispatcher(WorkerGroup):
         """All workers, in the order in which they were asked for."""
         return [
             WorkerStatus(name, one.place, self._state(one), one.tasks, one.seconds, one.peak_bytes)
-            for name, one in self._workers.items()
+            for name, one in list(self._workers.items())
         ]
 
     def _state(self, worker: _Worker) -> str:
         if not worker.ready:
             return "starting"
-        if not worker.hand:
-            return "idle"
-        return f"{self._tickets[worker.hand[0]].shard.span()}"
+        job = self._tickets.get(worker.hand[0]) if worker.hand else None
+        return "idle" if job is None else job.shard.span()
 
     # Who works.
 
@@ -181,12 +183,12 @@ class Dispatcher(WorkerGroup):
         """
         now, ready = self._clock(), sum(worker.ready for worker in self._workers.values())
         for _ in range(policies.hire(len(self._workers), self.crew)):
-            self._workers[self.pool.hire()] = _Worker()
+            self._workers[self.pool.hire()] = _Worker(since=now)
             self._hired += 1
             self._counts["restarts"] += self._hired > self.crew.most
         if ready >= self.crew.least:
             if self._said_short:
-                self._note(f"{ready} workers are there: the run goes on")
+                self._note(f"{ready} worker{'s are' if ready > 1 else ' is'} there: the run goes on")
             self._short_since, self._said_short = None, False
             return
         if self._short_since is None:
@@ -207,7 +209,9 @@ class Dispatcher(WorkerGroup):
         if len(ready) < self.crew.least:
             return
         loads = {name: len(worker.hand) for name, worker in ready.items()}
-        for name, index in policies.assign(self._waiting, loads, self.limits.depth):
+        fresh = {name for name, worker in ready.items() if not worker.tasks and not worker.hand}
+        kept = {index for index, until in self._for_fresh.items() if self._clock() < until}
+        for name, index in policies.assign(self._waiting, loads, self.limits.depth, kept, fresh):
             self._waiting.remove(index)
             self._give(name, index)
         if self._waiting:
@@ -288,12 +292,16 @@ class Dispatcher(WorkerGroup):
             return
         if not isinstance(error, TaskFailed) or not error.memory:
             raise error
-        # The rest of what this process holds may be what is in the way: the second try is on a fresh one.
-        if ticket is not None:
+        if ticket is None:
+            self._failed_starts += 1
+            if self._failed_starts >= self.limits.starts:
+                raise error
+        else:
             job = self._tickets[ticket]
             self._losses[job.index, Loss.MEMORY] += 1
             if policies.after_loss(Loss.MEMORY, self._losses[job.index, Loss.MEMORY], self.limits) is Verdict.STOP:
                 raise error
+            self._keep_for_fresh(job.index)
         self._note(f"{name} ({worker.place}): {error}: tried again on a fresh worker")
         self.pool.dismiss(name)
         self._requeue(name, worker)
@@ -312,7 +320,13 @@ class Dispatcher(WorkerGroup):
             if policies.after_loss(loss, attempts, self.limits) is Verdict.STOP:
                 remedy = f"; {LESS_MEMORY}" if loss is Loss.MEMORY else ""
                 raise MemmetaError(f"{attempts} workers, each of which {loss.value} in {job.shard}: {reason}{remedy}")
+            if loss is Loss.MEMORY:
+                self._keep_for_fresh(job.index)
         self._requeue(name, worker)
+
+    def _keep_for_fresh(self, index: int) -> None:
+        """What a worker holds beside may be what took its memory: the shard is for one that has done nothing yet."""
+        self._for_fresh[index] = self._clock() + self.limits.fresh_for
 
     def _requeue(self, name: str, worker: _Worker) -> None:
         """Takes a worker out of the ledger; what it held and nobody else holds goes to the front of the queue."""
@@ -341,7 +355,10 @@ class Dispatcher(WorkerGroup):
         """Ends workers that have had their job for too long."""
         held, allowed = [], {}
         for name, worker in self._workers.items():
-            if worker.hand:
+            if not worker.ready:
+                held.append(Held(name, -1, worker.since, 0))
+                allowed[name] = self.limits.first_deadline
+            elif worker.hand:
                 job = self._tickets[worker.hand[0]]
                 pace = self._paces.get(job.kind)
                 tasks = job.shard.count
@@ -349,4 +366,7 @@ class Dispatcher(WorkerGroup):
                 allowed[name] = policies.deadline(None if pace is None else pace.slowest, tasks, self.limits)
         for name in policies.overdue(held, allowed, self._clock()):
             self.pool.dismiss(name)
+            if not self._workers[name].ready:
+                del self._workers[name]  # it hangs, or waits for room: another is asked for in its place
+                continue
             self._gone(name, self._workers[name], Loss.LATE, f"(it had {allowed[name]:.0f} s)")

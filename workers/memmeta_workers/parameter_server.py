@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import resource
-import time
 from typing import Any
 
 import numpy as np
-import torch
 
-from memmeta.errors import MemmetaError, NonFiniteError
+from memmeta.errors import MemmetaError
 
 from . import checkpoints
 from .buffers import Sums
@@ -47,7 +45,6 @@ class ParameterServer:
             )
             self._flat = self.update.layout.adopt(self.update.parameters)
             self._sums = Sums(self.update.sums_layout)
-            self._total: torch.Tensor | None = None
             self._exporter = Exporter(self._run)
         except MemmetaError as error:
             return error
@@ -62,7 +59,6 @@ class ParameterServer:
     def begin(self, shards: int) -> None:
         """A meta-batch of so many shards is to be summed."""
         self._sums.begin(shards)
-        self._total = None
 
     def put(self, index: int, sums: list[Any]) -> bool:
         """Adds the sum of one shard along the tree; false if its bytes (behind a reference) are nowhere any more."""
@@ -87,7 +83,7 @@ class ParameterServer:
         self._sums.put(0, array)
         return True
 
-    def apply(self, step: int, count: int) -> tuple[tuple[Applied | MemmetaError, float], np.ndarray | None]:
+    def apply(self, step: int, count: int) -> tuple[tuple[Applied | MemmetaError, dict[str, Any]], np.ndarray | None]:
         """One outer update from the sum over ``count`` tasks.
 
         Args:
@@ -95,19 +91,20 @@ class ParameterServer:
             count: tasks in the sum.
 
         Returns:
-            what was done, or why it can't be, and the seconds it took; and the new weights.
+            what was done, or why it can't be, and ``traffic`` since the last call; and the new weights.
         """
-        began = time.perf_counter()
         if step != self.update.step:
-            return (MemmetaError(f"the server has made {self.update.step} updates, not {step}"), 0.0), None
-        total = self._sums.total()
+            return (MemmetaError(f"the server has made {self.update.step} updates, not {step}"), {}), None
         try:
-            applied = self.update.apply(total, count)
-        except (MemmetaError, NonFiniteError) as error:
-            return (error, 0.0), None
-        finally:
-            self._sums.recycle(total)
-        return (applied, time.perf_counter() - began), self._weights()
+            total = self._sums.total()
+            try:
+                applied = self.update.apply(total, count)
+            finally:
+                self._sums.recycle(total)
+        except MemmetaError as error:
+            return (error, {}), None
+        weights = self._weights()
+        return (applied, self.traffic()), weights
 
     def save(self, store: Store, extra: Extra) -> MemmetaError | OSError | None:
         """Writes the checkpoint of now; returns why it can't."""

@@ -7,7 +7,7 @@ what they say.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 
@@ -52,6 +52,7 @@ class Limits:
         patience: how long a run waits with fewer workers than it needs, before it stops.
         attempts: workers that one shard may cost, one after the other, before the run stops.
         memory_attempts: the same for workers that ran out of memory.
+        fresh_for: how long a shard for which memory was not enough is kept for a fresh worker; then any may have it.
         starts: workers in a row that may end before they are ready, before the run stops.
         copy_after: a shard that has taken so many times what was expected is given to an idle worker too.
         depth: shards a worker holds at a time: the one it computes, and those queued behind it.
@@ -66,6 +67,7 @@ class Limits:
     patience: float = 600.0
     attempts: int = 3
     memory_attempts: int = 2
+    fresh_for: float = 60.0
     starts: int = 10
     copy_after: float = 1.5
     depth: int = 2
@@ -110,7 +112,13 @@ def hire(workers: int, crew: Crew) -> int:
     return max(0, crew.most - workers)
 
 
-def assign(waiting: Sequence[int], loads: Mapping[str, int], depth: int) -> list[tuple[str, int]]:
+def assign(
+    waiting: Sequence[int],
+    loads: Mapping[str, int],
+    depth: int,
+    kept: Collection[int] = (),
+    fresh: Collection[str] = (),
+) -> list[tuple[str, int]]:
     """Shards for workers, as ``(worker, shard)``.
 
     In the order of ``waiting``; each to the worker that holds the fewest, so that none gets a second one before
@@ -120,9 +128,14 @@ def assign(waiting: Sequence[int], loads: Mapping[str, int], depth: int) -> list
         waiting: shards that nobody has.
         loads: by worker that is ready, how many it holds.
         depth: how many it may hold.
+        kept: shards that only a fresh worker gets, and nothing beside them.
+        fresh: workers that have done nothing yet.
     """
     loads, given = dict(loads), []
-    for index in waiting:
+    for index, worker in zip((index for index in waiting if index in kept), fresh, strict=False):
+        loads[worker] = depth
+        given.append((worker, index))
+    for index in (index for index in waiting if index not in kept):
         worker = min(loads, key=lambda name: loads[name], default=None)
         if worker is None or loads[worker] >= depth:
             break
@@ -153,7 +166,7 @@ def copies(
     busy = {one.worker: one.since for one in held if one.since is not None}
     single = [one for one in held if holders[one.index] == 1]
     queued = [one for one in single if one.since is None]
-    queued.sort(key=lambda one: (-(busy.get(one.worker) or -math.inf), one.index))
+    queued.sort(key=lambda one: (-busy.get(one.worker, -math.inf), one.index))
     slow = [
         (now - one.since, one.index)
         for one in single

@@ -6,7 +6,7 @@ import abc
 import time
 from collections.abc import Callable, Mapping, Sequence
 
-from rich.console import Console, Group
+from rich.console import Console, Group, RenderableType
 from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
@@ -108,7 +108,7 @@ class PlainDisplay(Display):
         left = (now - self._began) / (record.step - self._first) * (self._steps - record.step)
         self.note(
             f"step {record.step}/{self._steps}  {values}  {record.times['tasks_per_second']:.3g} tasks/s  "
-            f"peak memory {_memory(record)}  {duration(left)} left"
+            f"{_crew_size(record)}peak memory {_memory(record)}  {duration(left)} left"
         )
 
     def validation(self, step: int, report: Report) -> None:
@@ -126,7 +126,7 @@ class LiveDisplay(Display):
     def __init__(self, console: Console) -> None:
         super().__init__(console)
         self._validation = Text()
-        self._shown = Group()
+        self._scores: list[RenderableType] = []
         self._bar = Progress(
             TextColumn("step"),
             BarColumn(),
@@ -136,11 +136,10 @@ class LiveDisplay(Display):
             TimeRemainingColumn(),
             console=console,
         )
-        self._live = Live(console=console, refresh_per_second=4, transient=False)
+        self._live = Live(console=console, refresh_per_second=4, transient=False, get_renderable=self._all)
 
     def start(self, step: int, steps: int) -> None:
         self._task = self._bar.add_task("train", total=steps, completed=step)
-        self._live.update(self._bar)
         self._live.start()
 
     def step(self, record: StepRecord) -> None:
@@ -152,8 +151,11 @@ class LiveDisplay(Display):
         table.add_row("before adaptation", *(show(n, record.values[f"{n}_before"]) for n in names))
         table.add_row("after adaptation", *(show(n, record.values[n]) for n in names))
         rest = f"{record.times['tasks_per_second']:.3g} tasks/s   peak memory {_memory(record)}"
-        self._shown = Group(self._bar, table, Text(rest), *self._crew())
-        self._live.update(Group(self._shown, self._validation))
+        self._scores = [table, Text(rest)]
+
+    def _all(self) -> Group:
+        """What is drawn, four times a second: the workers as they are then."""
+        return Group(self._bar, *self._scores, *self._crew(), self._validation)
 
     def _crew(self) -> list[Table]:
         """A line for each worker."""
@@ -168,7 +170,6 @@ class LiveDisplay(Display):
 
     def validation(self, step: int, report: Report) -> None:
         self._validation = Text(f"step {step}: {_validation(report)}")
-        self._live.update(Group(self._shown, self._validation))
 
     def stop(self) -> None:
         self._live.stop()
@@ -199,5 +200,17 @@ def with_interval(name: str, report: Report) -> str:
     return f"{show(name, mean)} ± {show(name, half)}"
 
 
+def _crew_size(record: StepRecord) -> str:
+    count = record.service.get("workers")
+    return "" if count is None else f"{count} worker{'' if count == 1 else 's'}  "
+
+
 def _memory(record: StepRecord) -> str:
-    return in_bytes(resident_bytes() if record.peak_bytes is None else record.peak_bytes)
+    return in_bytes(peak_bytes(record))
+
+
+def peak_bytes(record: StepRecord) -> int:
+    """The most memory a process that computes has had: of its device, else resident."""
+    if record.peak_bytes is not None:
+        return record.peak_bytes
+    return max(record.service.get("peak_bytes", {}).values(), default=resident_bytes())

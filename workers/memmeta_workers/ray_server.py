@@ -44,6 +44,7 @@ class RayServer(Server):
         self._starts = itertools.count()
         self._actor: Any = None
         self._weights: Weights | None = None
+        self._traffic: dict[str, Any] = {}
         self.restarts = 0
         self._start()
 
@@ -65,7 +66,7 @@ class RayServer(Server):
     def apply(self, sums: None, count: int) -> Applied:
         step = self.step
         told, weights = self._actor.apply.options(num_returns=2).remote(step, count)
-        applied, _ = self.get(told)
+        applied, self._traffic = self.get(told)
         if isinstance(applied, MemmetaError):
             raise applied
         self._weights = Weights(applied.step, weights)
@@ -85,7 +86,7 @@ class RayServer(Server):
         self._start()
 
     def happened(self) -> dict[str, Any]:
-        return {**self.get(self._actor.traffic.remote()), "server_restarts": self.restarts}
+        return {**self._traffic, "server_restarts": self.restarts}
 
     def observe(self, line: Mapping[str, Any]) -> None:
         self._actor.observe.remote(line)

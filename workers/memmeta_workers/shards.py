@@ -28,7 +28,7 @@ class Shard:
 
     def span(self) -> str:
         """The positions of its tasks in the meta-batch: "tasks 4 to 7"."""
-        return f"tasks {self.first} to {self.first + self.count - 1}"
+        return f"task {self.first}" if self.count == 1 else f"tasks {self.first} to {self.first + self.count - 1}"
 
     def __str__(self) -> str:
         return f"shard(seed={self.seed}, step={self.step}, first={self.first}, count={self.count})"

@@ -86,7 +86,8 @@ class TaskWorker:
         except MemmetaError as error:
             return error, None
         finally:
-            self._abandoned = {other for other in self._abandoned if other > ticket}
+            # In place, over a copy: ``abandon`` adds to it from another thread meanwhile.
+            self._abandoned.difference_update([other for other in list(self._abandoned) if other <= ticket])
         if found.sums is not None:
             self._buffer = found.sums  # written anew by the next job, when this answer has been copied and sent
         sums = None if found.sums is None else self._host.array(found.sums)

@@ -23,7 +23,7 @@ from .encoding import encode
 from .experiment import Experiment
 from .footprint import Footprint, measure
 from .policies import Limits, Verdict
-from .progress import Display
+from .progress import Display, peak_bytes
 from .runs import Config, RunFolder
 from .stores import LocalStore, Store, open_store
 from .update import OuterUpdate
@@ -423,7 +423,7 @@ def as_json(record: StepRecord) -> dict[str, Any]:
         "gradient_norm": record.gradient_norm,
         "skipped": list(record.skipped),
         "times": record.times,
-        "memory": {"bytes": resident_bytes() if record.peak_bytes is None else record.peak_bytes},
+        "memory": {"bytes": peak_bytes(record)},
         **({"service": record.service} if record.service else {}),
     }
 
