@@ -174,6 +174,22 @@ def test_twenty_kills_at_random_moments(train: Command, here: Path, undisturbed:
     assert contents(here / "run", steps) == expected
 
 
+def test_rays_memory_monitor(here: Path, undisturbed: Command) -> None:
+    """A worker takes more and more until Ray ends it: on a cluster whose threshold is a little above what is used."""
+    fields = dict(line.split()[:2] for line in Path("/proc/meminfo").read_text().splitlines())
+    total, available = int(fields["MemTotal:"]), int(fields["MemAvailable:"])
+    environ = {name: value for name, value in environment().items() if not name.startswith("RAY_")}
+    environ["RAY_memory_usage_threshold"] = f"{(total - available + 3_000_000) / total:.3f}"
+    environ["RAY_memory_monitor_refresh_ms"] = "100"
+    run = command("--run-dir", "run", "--address", "local", "--workers", "1", "--folder", here / "accidents")
+    done = subprocess.run(
+        [*run, "--kind", "grow", "--at-task", "3:2"], env=environ, capture_output=True, text=True, timeout=250
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "ran out of memory; another is asked for. (Ray's memory monitor ended it" in done.stdout
+    assert contents(here / "run", 10) == undisturbed()
+
+
 def environment() -> dict[str, str]:
     return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
 

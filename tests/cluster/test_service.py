@@ -14,6 +14,8 @@ from typing import Any
 
 import pytest
 import sabotage
+import torch
+import toy
 from run_contents import contents
 
 from memmeta.errors import MemmetaError
@@ -127,6 +129,39 @@ def test_unequal_shards_and_skipped_tasks(address: str, here: Path) -> None:
     with connected(address, 0, "unequal"):
         assert weights_on_workers(made, Service(Crew(1, 2))) == expected
         assert weights_on_workers(made, Service(Crew(1, 2), reduce="tree")) == expected
+
+
+@pytest.mark.parametrize("draws", [1, 3])
+def test_g_workers_learn_what_one_process_learns_over_the_same_draws(address: str, here: Path, draws: int) -> None:
+    """The toy problem of higher-distributed, one draw for each worker, against a loop in plain torch."""
+    (here / "toy.py").write_text(toy.HIGHER_DISTRIBUTED, encoding="utf-8")
+    made = recipe(here / "toy.py", draws=draws, steps=20, seed=3, inner_lr=0.1)
+    with connected(address, 0, "toy"):
+        weights = weights_on_workers(made, Service(Crew(draws, draws)))
+    learned = torch.frombuffer(bytearray(weights), dtype=torch.float64).reshape(100, 2)
+    expected = toy.higher_distributed(draws=draws, steps=20, seed=3, inner_lr=0.1)
+    torch.testing.assert_close(learned, expected, rtol=1e-12, atol=1e-12)
+
+
+def test_gpus_are_shared_as_told(nodes: Any, address: str, here: Path) -> None:
+    """On a node that claims to have a GPU: two workers of half a GPU each take all of it."""
+    import ray
+
+    node = nodes.add_node(num_cpus=2, num_gpus=1, object_store_memory=100_000_000)
+    made = recipe(here / "waves.py", steps=1)
+    try:
+        with (
+            connected(address, 0, "gpus") as connection,
+            Service(Crew(2, 2), gpus=0.5).started(made, made.build("cpu")) as coordinator,
+        ):
+            assert connection.gpus == 1.0
+            assert coordinator.run_step().service["workers"] == 2
+            deadline = time.monotonic() + 20
+            while ray.available_resources().get("GPU", 0.0) and time.monotonic() < deadline:
+                time.sleep(0.1)
+            assert ray.available_resources().get("GPU", 0.0) == 0.0
+    finally:
+        nodes.remove_node(node)
 
 
 def test_a_crew_grows_when_there_is_room_and_shrinks_to_its_least(

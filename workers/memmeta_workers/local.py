@@ -6,7 +6,9 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
+
+from memmeta import MetaLearner
 
 from .checkpoints import Checkpoint, Extra, restore
 from .compute import Job, JobResult, compute
@@ -33,11 +35,22 @@ class LocalReducer(Reducer):
         return self._tree.total()
 
 
+def parameters_on_cpu(learner: MetaLearner) -> dict[str, nn.Parameter]:
+    """The meta-parameters, or copies of them on the CPU where they are elsewhere: the outer update is made on the CPU,
+    as a parameter server makes it, so that it rounds the same."""
+    found = learner.meta_parameters()
+    if all(parameter.device.type == "cpu" for parameter in found.values()):
+        return found
+    return {name: nn.Parameter(parameter.detach().cpu()) for name, parameter in found.items()}
+
+
 class LocalServer(Server):
-    """The update in this process, on the parameters of ``experiment.learner`` themselves."""
+    """The update in this process, on the parameters of ``experiment.learner`` or on copies of them."""
 
     def __init__(self, experiment: Experiment, update: OuterUpdate) -> None:
         self.experiment, self.update = experiment, update
+        self._learners = experiment.learner.meta_parameters()
+        self._copies = any(update.parameters[name] is not parameter for name, parameter in self._learners.items())
 
     @property
     def step(self) -> int:
@@ -50,13 +63,19 @@ class LocalServer(Server):
         return LocalReducer(shards, self.update.sums_layout)
 
     def apply(self, sums: Tensor, count: int) -> Applied:
-        return self.update.apply(sums, count)
+        applied = self.update.apply(sums.cpu(), count)
+        if self._copies:
+            device = next(iter(self._learners.values())).device
+            self.update.layout.write_to(self._learners, self.update.weights().to(device))
+        return applied
 
     def save(self, store: Store, extra: Extra) -> None:
         store.write(self.experiment.learner, self.update, extra)
 
     def load(self, store: Store, checkpoint: Checkpoint) -> None:
         restore(checkpoint, self.experiment.learner)
+        if self._copies:
+            self.update.layout.write_to(self.update.parameters, self.update.layout.flatten(self._learners).cpu())
         self.update.load_state_dict(checkpoint.update)
 
     def restart(self) -> None:

@@ -22,6 +22,7 @@ from .coordinator import Coordinator, ServerLost, StepRecord, StopRequested
 from .encoding import encode
 from .experiment import Experiment
 from .footprint import Footprint, measure
+from .local import parameters_on_cpu
 from .policies import Limits, Verdict
 from .progress import Display, peak_bytes
 from .runs import Config, RunFolder
@@ -70,7 +71,7 @@ class Run:
         experiment = self.experiment
         self.store = store_of(self.folder, self.config)
         self.update = OuterUpdate(
-            experiment.learner.meta_parameters(), experiment.outer, experiment.schedule, experiment.clip_norm
+            parameters_on_cpu(experiment.learner), experiment.outer, experiment.schedule, experiment.clip_norm
         )
         # Refused here rather than at the first checkpoint.
         state = self.update.state_dict()
