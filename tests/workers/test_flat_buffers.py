@@ -221,7 +221,8 @@ def test_arrays_are_tensors_without_a_copy() -> None:
 # Sums.
 
 
-def summed(sums: Sums, buffers: list[Tensor], order: list[int]) -> Tensor:
+def summed(sums: Sums, buffers: list[Tensor], order: list[int]) -> tuple[Tensor, Tensor]:
+    """The sum, and the buffer that may be written to."""
     arrays = [received(buffer) for buffer in buffers]
     sums.begin(len(arrays))
     for index in order:
@@ -241,12 +242,11 @@ def test_the_sum_of_received_arrays(count: int, chance: random.Random) -> None:
         buffers = [drawn(layout, 100 * batch + index) for index in range(count)]
         order = list(range(count))
         chance.shuffle(order)
-        total = summed(sums, buffers, order)
+        total, own = summed(sums, buffers, order)
         assert torch.equal(total, tree_sum([buffer.clone() for buffer in buffers], layout.add))
-        total.fill_(0xFF)  # the caller may
-        for slot in layout.slots:
-            layout.views(total)[slot.name].zero_()
-        sums.recycle(layout.flatten(layout.views(total), total))
+        own.fill_(0xFF)  # the caller may
+        own.zero_()
+        sums.recycle(own)
 
 
 @pytest.fixture
@@ -271,9 +271,9 @@ def test_few_buffers_when_shards_come_in_order(count: int, made: list[int]) -> N
     made.clear()
     sums = Sums(layout)
     for _ in range(6):
-        total = summed(sums, buffers, list(range(count)))
+        total, own = summed(sums, buffers, list(range(count)))
         assert layout.views(total)["w"][0].item() == sum(range(count))
-        sums.recycle(total)
+        sums.recycle(own)
     assert 1 <= len(made) <= math.log2(count) + 2
 
 
@@ -285,7 +285,7 @@ def test_buffers_are_used_again_in_any_order(made: list[int]) -> None:
     for _ in range(30):
         order = list(range(32))
         chance.shuffle(order)
-        sums.recycle(summed(sums, buffers, order))
+        sums.recycle(summed(sums, buffers, order)[1])
     assert len(made) <= 16  # a partial sum of our own has at least two leaves
 
 
@@ -299,18 +299,18 @@ def test_a_sum_that_was_left_does_not_count(made: list[int]) -> None:
         sums.put(index, received(buffers[index]))
     with pytest.raises(MemmetaError, match="1 of 8 shards are missing"):
         sums.total()
-    total = summed(sums, buffers[:3], [2, 1, 0])
+    total, _ = summed(sums, buffers[:3], [2, 1, 0])
     assert layout.views(total)["w"].tolist() == [3.0] * 5
 
 
-def test_the_total_is_the_callers() -> None:
-    """It becomes the mean in place: even of one shard it must not be the received memory."""
+def test_the_mean_has_a_buffer_of_its_own() -> None:
+    """Even of one shard: received memory is only read."""
     layout = Layout.of({"w": torch.ones(5)}, sums=True)
     array = received(layout.flatten({"w": torch.full((5,), 6.0)}))
     sums = Sums(layout)
     sums.begin(1)
     sums.put(0, array)
-    total = sums.total()
-    layout.views(total)["w"].div_(2)
+    total, own = sums.total()
+    torch.div(layout.views(total)["w"], 2, out=layout.views(own)["w"])
     assert from_array(array).view(torch.float32)[:5].tolist() == [6.0] * 5
-    assert layout.views(total)["w"].tolist() == [3.0] * 5
+    assert layout.views(own)["w"].tolist() == [3.0] * 5

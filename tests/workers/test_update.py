@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import struct
 from typing import Any
 
@@ -18,7 +19,7 @@ from memmeta_workers.encoding import decode, encode
 from memmeta_workers.experiment import Experiment
 from memmeta_workers.local import local
 from memmeta_workers.shards import tree_sum
-from memmeta_workers.update import Layout, OuterUpdate
+from memmeta_workers.update import Layout, OuterUpdate, is_finite
 
 
 def sgd(lr: float = 1.0) -> OuterUpdate:
@@ -269,3 +270,30 @@ def test_what_encoding_refuses() -> None:
 def test_encoding_keeps_kinds_and_bits() -> None:
     state = {"x": (1, [2.5, None, True]), 3: {"__kind__": "mine"}, "f": 0.1 + 0.2, "i": float("-inf")}
     assert decode(encode(state, {}, ""), {}) == state
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.complex64])
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_what_is_not_finite_is_seen_anywhere(dtype: torch.dtype, bad: float) -> None:
+    assert is_finite(torch.zeros(0, dtype=dtype))
+    for place in (0, 7, 99):
+        values = torch.linspace(-1, 1, 100).to(dtype)
+        assert is_finite(values.view(10, 10))
+        values[place] = bad
+        assert not is_finite(values.view(10, 10))
+
+
+@pytest.mark.parametrize("clip", [None, 0.01, 1e6])
+def test_clipping_is_torchs(clip: float | None) -> None:
+    parameters = {"a": nn.Parameter(torch.randn(30)), "b": nn.Parameter(torch.randn(4, 5))}
+    twins = [nn.Parameter(parameter.detach().clone()) for parameter in parameters.values()]
+    update = OuterUpdate(parameters, lambda p: torch.optim.SGD(p, lr=0.1), clip_norm=clip)
+    gradients = {name: torch.randn_like(parameter) for name, parameter in parameters.items()}
+    applied = update.apply(update.sums_layout.flatten(gradients), 3)
+    for twin, gradient in zip(twins, gradients.values(), strict=True):
+        twin.grad = gradient / 3
+    norm = nn.utils.clip_grad_norm_(twins, math.inf if clip is None else clip)
+    torch.optim.SGD(twins, lr=0.1).step()
+    assert applied.gradient_norm == float(norm)
+    for twin, parameter in zip(twins, parameters.values(), strict=True):
+        assert torch.equal(twin, parameter)

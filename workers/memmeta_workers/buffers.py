@@ -96,16 +96,20 @@ class Sums:
         assert self._tree is not None
         self._tree.put(index, _Partial(from_array(array), own=False))
 
-    def total(self) -> Tensor:
-        """The sum, in a buffer that the caller may overwrite until ``recycle``."""
+    def total(self) -> tuple[Tensor, Tensor]:
+        """The sum, only to be read, and a buffer that the caller may write to until ``recycle``: perhaps the same.
+
+        Raises:
+            MemmetaError: shards are missing.
+        """
         assert self._tree is not None
         total = self._tree.total()
-        return total.buffer if total.own else self._take().copy_(total.buffer)
+        return total.buffer, total.buffer if total.own else self._take()
 
-    def recycle(self, total: Tensor) -> None:
-        """Gives the buffer of ``total`` back."""
+    def recycle(self, buffer: Tensor) -> None:
+        """Gives the buffer from ``total`` back."""
         self._tree = None
-        self._free.append(total)
+        self._free.append(buffer)
 
     def _add(self, left: _Partial, right: _Partial) -> _Partial:
         into = left if left.own else right

@@ -16,7 +16,7 @@ from .compute import TaskFailed
 from .metrics import Exporter
 from .recipe import Recipe
 from .reduction import Outcome
-from .references import add, fetch
+from .references import Adding, fetch
 from .stores import Store
 from .update import Applied, OuterUpdate
 
@@ -45,6 +45,7 @@ class ParameterServer:
             )
             self._flat = self.update.layout.adopt(self.update.parameters)
             self._sums = Sums(self.update.sums_layout)
+            self._adding = Adding(self.update.sums_layout)
             self._exporter = Exporter(self._run)
         except MemmetaError as error:
             return error
@@ -71,7 +72,7 @@ class ParameterServer:
 
     def add(self, left: list[Any], right: list[Any]) -> tuple[Outcome, np.ndarray | None]:
         """See ``TaskWorker.add``: where no worker is left to do it."""
-        return add(self.update.sums_layout, left[0], right[0])
+        return self._adding.add(left[0], right[0])
 
     def hold(self, sums: list[Any]) -> bool:
         """Takes over the whole sum of the meta-batch, which the workers have added; false if it is nowhere any more."""
@@ -96,11 +97,11 @@ class ParameterServer:
         if step != self.update.step:
             return (MemmetaError(f"the server has made {self.update.step} updates, not {step}"), {}), None
         try:
-            total = self._sums.total()
+            total, buffer = self._sums.total()
             try:
-                applied = self.update.apply(total, count)
+                applied = self.update.apply(total, count, into=buffer)
             finally:
-                self._sums.recycle(total)
+                self._sums.recycle(buffer)
         except MemmetaError as error:
             return (error, {}), None
         weights = self._weights()

@@ -99,7 +99,7 @@ class RayServer(Server):
     def close(self) -> None:
         if self._actor is not None:
             ray.kill(self._actor)
-            self._actor = None
+            self._actor = self._weights = None
 
     def call(self, method: str, *arguments: Any) -> Any:
         """A reference to the answer of one of the actor's methods."""

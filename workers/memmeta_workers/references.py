@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from .buffers import from_array
 from .reduction import Outcome
@@ -29,13 +30,21 @@ def fetch(reference: Any) -> np.ndarray | None:
         return None
 
 
-def add(layout: Layout, left: Any, right: Any) -> tuple[Outcome, np.ndarray | None]:
-    """The sum of two arrays behind references: an inner node of the tree."""
-    one = fetch(left)
-    if one is None:
-        return Outcome.LEFT_LOST, None
-    other = fetch(right)
-    if other is None:
-        return Outcome.RIGHT_LOST, None
-    into = torch.empty(layout.nbytes, dtype=torch.uint8)
-    return Outcome.DONE, layout.add(from_array(one), from_array(other), into=into).numpy()
+class Adding:
+    """Adds arrays behind references, the inner nodes of the tree, in one buffer: what is returned is sent at once."""
+
+    def __init__(self, layout: Layout) -> None:
+        self._layout = layout
+        self._into: Tensor | None = None
+
+    def add(self, left: Any, right: Any) -> tuple[Outcome, np.ndarray | None]:
+        """The sum, valid until the next call; or which value is nowhere any more."""
+        one = fetch(left)
+        if one is None:
+            return Outcome.LEFT_LOST, None
+        other = fetch(right)
+        if other is None:
+            return Outcome.RIGHT_LOST, None
+        if self._into is None:
+            self._into = torch.zeros(self._layout.nbytes, dtype=torch.uint8)
+        return Outcome.DONE, self._layout.add(from_array(one), from_array(other), into=self._into).numpy()

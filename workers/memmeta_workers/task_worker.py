@@ -18,7 +18,7 @@ from .buffers import HostCopy, Landing
 from .compute import Job, JobResult, TaskFailed, compute
 from .recipe import Recipe
 from .reduction import Outcome
-from .references import add
+from .references import Adding
 from .update import Layout
 
 
@@ -45,7 +45,7 @@ class TaskWorker:
             parameters = self.experiment.learner.meta_parameters()
             self._landing = Landing(parameters)
             self.sums_layout = Layout.of(parameters, sums=True)
-            self._host, self._buffer = HostCopy(), None
+            self._host, self._buffer, self._adding = HostCopy(), None, Adding(self.sums_layout)
             return f"{platform.node()}, process {os.getpid()}"
         except MemmetaError as error:
             return error
@@ -97,7 +97,7 @@ class TaskWorker:
     def add(self, left: list[Any], right: list[Any]) -> tuple[Outcome, np.ndarray | None]:
         """The sum of two gradient sums behind references: an inner node of the tree, for ``--reduce tree``."""
         devices.use("cpu", self._threads)
-        return add(self.sums_layout, left[0], right[0])
+        return self._adding.add(left[0], right[0])
 
     def abandon(self, ticket: int) -> None:
         """The job with this ticket is let go before its next task."""
