@@ -5,7 +5,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.complete
 
-.PHONY: demo test test-rest lint format wheel bench clean
+.PHONY: demo test test-rest lint format wheel bench bench-service clean
 
 demo: $(STAMP)
 	rm -rf runs/demo
@@ -33,6 +33,12 @@ wheel: $(STAMP)
 bench: $(STAMP)
 	$(BIN)/python benchmarks/speed.py --json benchmarks/results/speed.json
 	$(BIN)/python benchmarks/memory.py --json benchmarks/results/memory.json --plot benchmarks/results/memory.png
+
+# Of the service, on a private Ray cluster: scaling and overhead, a long run's memory, kills at random.
+bench-service: $(STAMP)
+	$(BIN)/python benchmarks/service.py --turns 3 --json benchmarks/results/service.json
+	$(BIN)/python benchmarks/soak.py --json benchmarks/results/soak.json --plot benchmarks/results/soak.png
+	$(BIN)/python benchmarks/faults.py --json benchmarks/results/faults.json
 
 # learn2learn 0.2.0 ships C of an old Cython: it is translated anew, with the Cython and setuptools of constraints.txt.
 $(STAMP): pyproject.toml constraints.txt

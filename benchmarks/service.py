@@ -2,13 +2,12 @@
 
     .venv/bin/python benchmarks/service.py --json benchmarks/results/service.json
 
-1. Scaling: seconds per outer step of Conv4 (25 tasks in shards of one) with one and with two workers, in this process
-   without any service, and in one and two plain processes that do nothing but compute the same tasks (two do half
-   each): what the machine itself gains by a second process. All of them are alive at once and take turns; before what
-   is counted, each turn of each has one step that is not, as the one before has left other memory behind. The figures
-   are medians over turns of ratios in the same turn.
-2. Overhead: in the counted steps of (1), the share of a step that is publish, fetch, gather and update, as the step's
-   record has them; and the share in which the busiest worker did not compute, which also holds what no record names
+1. Scaling: seconds per outer step of Conv4 with one and with two workers, in this process without any service, and in
+   one and two plain processes that do nothing but compute the same tasks (two do half each): what the machine itself
+   gains by a second process. They take turns, each started anew and alone (but for Ray's own processes, which stay);
+   the figures are medians over turns of ratios in the same turn.
+2. Overhead, with 25 tasks a step: the share of a step that is publish, fetch, gather and update, as the step's record
+   has them; and the share in which the busiest worker did not compute, which also holds what no record names
    (messages, sums on their way, waiting for the last task).
 3. Moving: with 100 MB of weights and one task per worker, the seconds of an outer step that are not compute, against
    copying those bytes as often as must be (``least_copies``) with ``np.copyto`` from one existing array to another,
@@ -23,6 +22,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import functools
 import gc
 import json
 import multiprocessing
@@ -173,63 +173,77 @@ def _plain(end: Connection, made: Recipe, index: int, count: int) -> None:
         end.send(None)
 
 
-def scaling(turns: int, repeat: int, warm: int, **options: Any) -> dict[str, Any]:
-    """Measurements 1 and 2, see above; ``repeat`` counted steps of each in a turn, after ``warm`` before all turns."""
-    made = recipe("conv4", **options)
-    experiment = build(made)
-    update = OuterUpdate(
-        experiment.learner.meta_parameters(), experiment.outer, experiment.schedule, experiment.clip_norm
-    )
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(connected("local", 4, "memmeta-benchmark"))
-        services = {n: stack.enter_context(crew(made, build(made), n)) for n in (1, 2)}
-        plain = {n: stack.enter_context(Plain(made, n)) for n in (1, 2)}
-        inside = local(experiment, update)
-        steps: dict[int, list[Step]] = {1: [], 2: []}
-        batches = iter(range(10**9))
-
-        def serve(workers: int) -> float:
-            steps[workers].append(step_of(services[workers]))
-            return steps[workers][-1].seconds
-
-        ways: dict[str, Callable[[], float]] = {
-            "in this process": lambda: step_of(inside).seconds,
-            "1 worker": lambda: serve(1),
-            "2 workers": lambda: serve(2),
-            "1 plain process": lambda: plain[1].seconds(next(batches)),
-            "2 plain processes": lambda: plain[2].seconds(next(batches)),
-        }
-        for _ in range(warm):
-            for way in ways.values():
-                way()
-        seconds: dict[str, list[float]] = {name: [] for name in ways}
-        counted: dict[int, list[Step]] = {1: [], 2: []}
+def scaling(turns: int, repeat: int, tasks: int, filters: int) -> dict[str, Any]:
+    """Measurement 1, see above; ``repeat`` counted steps of each in a turn."""
+    made = recipe("conv4", filters=filters, meta_batch=tasks, shard_size=2)
+    seconds: dict[str, list[float]] = {}
+    with connected("local", 2, "memmeta-benchmark"):
         for _ in range(turns):
-            for name, way in ways.items():
-                way()
-                for found in steps.values():
-                    found.clear()
-                seconds[name].append(statistics.mean(way() for _ in range(repeat)))
-                for workers, found in steps.items():
-                    counted[workers] += found
-    tasks = experiment.meta_batch
+            for name, way in _ways(made).items():
+                seconds.setdefault(name, []).append(way(repeat))
 
     def ratio(over: str, under: str) -> float:
         return statistics.median(a / b for a, b in zip(seconds[over], seconds[under], strict=True))
 
     return {
-        "problem": f"Conv4-{made.options.get('filters', 32)}, {tasks} tasks in shards of {experiment.shard_size}",
+        "problem": f"Conv4-{filters}, {tasks} tasks in shards of 2",
         "turns": turns,
         "repeat": repeat,
         "seconds": seconds,
         "seconds_median": {name: statistics.median(values) for name, values in seconds.items()},
         "two_workers_speedup": ratio("1 worker", "2 workers"),
         "two_processes_speedup": ratio("1 plain process", "2 plain processes"),
-        "most_possible": tasks / -(-tasks // 2),
         "one_worker_over_in_process": ratio("1 worker", "in this process"),
         "two_workers_over_two_plain": ratio("2 workers", "2 plain processes"),
-        "overhead": {workers: overhead(found) for workers, found in counted.items()},
     }
+
+
+def _ways(made: Recipe) -> dict[str, Callable[[int], float]]:
+    """Each: seconds per outer step, of so many after two that are not counted; nothing else is alive meanwhile."""
+
+    def inside(repeat: int) -> float:
+        experiment = build(made)
+        update = OuterUpdate(
+            experiment.learner.meta_parameters(), experiment.outer, experiment.schedule, experiment.clip_norm
+        )
+        coordinator = local(experiment, update)
+        return _mean(lambda: step_of(coordinator).seconds, repeat)
+
+    def served(workers: int, repeat: int) -> float:
+        with crew(made, build(made), workers) as coordinator:
+            return _mean(lambda: step_of(coordinator).seconds, repeat)
+
+    def plain(count: int, repeat: int) -> float:
+        batches = iter(range(10**9))
+        with Plain(made, count) as processes:
+            return _mean(lambda: processes.seconds(next(batches)), repeat)
+
+    return {
+        "in this process": inside,
+        "1 worker": functools.partial(served, 1),
+        "2 workers": functools.partial(served, 2),
+        "1 plain process": functools.partial(plain, 1),
+        "2 plain processes": functools.partial(plain, 2),
+    }
+
+
+def _mean(way: Callable[[], float], repeat: int, warm: int = 2) -> float:
+    for _ in range(warm):
+        way()
+    return statistics.mean(way() for _ in range(repeat))
+
+
+def overheads(steps: int, tasks: int, filters: int) -> dict[str, Any]:
+    """Measurement 2, see above: so many steps with one worker and with two."""
+    made = recipe("conv4", filters=filters, meta_batch=tasks, shard_size=4)
+    rows: dict[str, Any] = {}
+    with connected("local", 2, "memmeta-benchmark"):
+        for workers in (1, 2):
+            with crew(made, build(made), workers) as coordinator:
+                for _ in range(2):
+                    coordinator.run_step()
+                rows[str(workers)] = overhead([step_of(coordinator) for _ in range(steps)])
+    return {"problem": f"Conv4-{filters}, {tasks} tasks in shards of 4", "steps": steps, "workers": rows}
 
 
 def overhead(steps: Sequence[Step]) -> dict[str, Any]:
@@ -341,15 +355,17 @@ def show(results: dict[str, Any]) -> None:
             print(f"  {name:18s} {value:8.3f} s per outer step")
         print(
             f"  2 workers are {found['two_workers_speedup']:.2f} x as fast as 1; 2 plain processes are "
-            f"{found['two_processes_speedup']:.2f} x as fast as 1; whole tasks allow {found['most_possible']:.2f} x\n"
+            f"{found['two_processes_speedup']:.2f} x as fast as 1\n"
             f"  1 worker takes {found['one_worker_over_in_process']:.3f} x as long as this process; 2 workers "
             f"{found['two_workers_over_two_plain']:.3f} x as long as 2 plain processes"
         )
-        print("\noverhead, of a step")
-        for workers, row in found["overhead"].items():
+    found = results.get("overhead")
+    if found is not None:
+        print(f"\noverhead, of a step of {found['problem']}")
+        for workers, row in found["workers"].items():
             parts = ", ".join(f"{part} {seconds * 1e3:.1f} ms" for part, seconds in row["parts_median"].items())
             print(
-                f"  {workers} worker{'s' if workers > 1 else ' '} {row['share_median']:6.2%} ({parts} of "
+                f"  {workers} worker{'s' if workers != '1' else ' '} {row['share_median']:6.2%} ({parts} of "
                 f"{row['step_median']:.2f} s); the busiest worker idle {row['idle_share_median']:.2%}"
             )
     found = results.get("moving")
@@ -372,12 +388,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Measure, print tables, write JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, help="where to write the figures")
-    parser.add_argument("--turns", type=int, default=7, help="turns of each (default: 7; three times that for moving)")
+    parser.add_argument("--turns", type=int, default=5, help="turns of each (default: 5; three times that for moving)")
     parser.add_argument("--repeat", type=int, default=2, help="counted steps of Conv4 in a turn (default: 2)")
-    parser.add_argument("--filters", type=int, default=32, help="width of Conv4 (default: 32)")
+    parser.add_argument("--filters", type=int, default=64, help="width of Conv4 (default: 64)")
     parser.add_argument("--megabytes", type=float, default=100.0, help="of weights that are moved (default: 100)")
     parser.add_argument("--outer", choices=("sgd", "adam"), default="sgd", help="who updates them (default: sgd)")
-    parser.add_argument("--only", choices=("scaling", "moving"), help="only one of the two")
+    parser.add_argument("--only", choices=("scaling", "moving"), help="only scaling and overhead, or only moving")
     parser.add_argument("--quick", action="store_true", help="small and few: only to see that it works")
     options = parser.parse_args(arguments)
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # for the plain processes; Ray's have what their recipe says
@@ -385,7 +401,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     turns, repeat, filters = (2, 1, 8) if options.quick else (options.turns, options.repeat, options.filters)
     results: dict[str, Any] = {}
     if options.only != "moving":
-        results["scaling"] = scaling(turns, repeat, warm=1 if options.quick else 3, filters=filters)
+        results["scaling"] = scaling(turns, repeat, 16, filters)
+        results["overhead"] = overheads(2 * turns, 25, filters)
     if options.only != "scaling":
         results["moving"] = moving(3 * turns, 3, options.megabytes, options.outer)
     show(results)

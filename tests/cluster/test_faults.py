@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import random
 import signal
@@ -18,7 +19,13 @@ import pytest
 import sabotage
 from run_contents import contents
 
+from memmeta_workers.cluster import connected
+from memmeta_workers.local import local
+from memmeta_workers.policies import Crew
+from memmeta_workers.recipe import Recipe
 from memmeta_workers.runs import RunFolder
+from memmeta_workers.service import Service
+from memmeta_workers.update import OuterUpdate
 
 pytestmark = pytest.mark.cluster
 
@@ -72,6 +79,23 @@ def test_all_workers_die_at_once_between_tasks(train: Command, here: Path, undis
     assert (done.code, done.err) == (0, "")
     assert done.out.count("another is asked for") == 3
     assert contents(here / "run", 10) == undisturbed()
+
+
+def test_all_workers_die_between_two_steps(here: Path, address: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They hold nothing then, and nobody hears of it before the next step gives them shards."""
+    path = here / "waves.py"
+    options = {"steps": 6, "shard_size": 2}
+    text, folder = path.read_bytes(), str(here)
+    made = Recipe(str(path), hashlib.sha256(text).hexdigest(), text, options, 6, 1, "cpu", folder)
+    alone = made.build("cpu")
+    update = OuterUpdate(alone.learner.meta_parameters(), alone.outer, alone.schedule)
+    inside, notes = local(alone, update), []
+    with connected(address, 0, "between"), Service(Crew(1, 2)).started(made, made.build("cpu"), notes.append) as there:
+        for step in range(6):
+            if step == 3:
+                assert [sabotage.kill(process) for process in sabotage.processes(WORKER)] == [True, True]
+            assert there.run_step().values == inside.run_step().values
+    assert len(notes) == 2
 
 
 @pytest.mark.parametrize("at", ["0", "4", "2,3,6"])

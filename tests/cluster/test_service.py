@@ -17,6 +17,7 @@ import sabotage
 import torch
 import toy
 from run_contents import contents
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from memmeta.errors import MemmetaError
 from memmeta_workers import load
@@ -265,6 +266,12 @@ def test_metrics_say_what_the_processes_did(train: Command, here: Path) -> None:
         assert service["restarts"] == service["reissued"] == service["server_restarts"] == 0
 
 
+    events = EventAccumulator(str(here / "run" / "tensorboard"))
+    events.Reload()
+    tags = set(events.Tags()["scalars"])
+    assert {"train/loss", "times/gather", "service/workers", "service/bytes_in", "service/peak_bytes_worker_0"} <= tags
+
+
 def test_the_clusters_metrics_page_has_the_runs_figures(address: str, nodes: Any, here: Path) -> None:
     import ray
 
@@ -299,6 +306,9 @@ def test_a_users_print_can_be_seen(here: Path) -> None:
     )  # fmt: skip
     assert shown.returncode == 0, shown.stderr
     assert "TaskWorker" in shown.stdout
+    # Nor has the private cluster left its folder.
+    left = [folder.name.split("-")[1] for folder in Path("/tmp").glob("mm-*-*")]
+    assert [process for process in left if not Path("/proc", process).exists()] == []
     assert "a word from a task" in shown.stdout
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from memmeta import Report, TaskScore
 from memmeta.errors import InputError
 from memmeta_workers import plots, signals
 from memmeta_workers.coordinator import StepRecord
+from memmeta_workers.dispatch import WorkerStatus
 from memmeta_workers.progress import Display, LiveDisplay, PlainDisplay, display, duration, in_bytes
 
 
@@ -40,6 +42,27 @@ def test_the_live_display_has_all_there_is_to_see() -> None:
     for word in ("2/50", "before adaptation", "after adaptation", "75.0%", "25.0%", "1.5", "12 tasks/s", "3.0 MiB"):
         assert word in text.getvalue()
     assert "70.0% ± 22.6%" in text.getvalue()
+
+
+def test_the_live_display_has_a_line_for_each_worker_as_it_is_now() -> None:
+    view, text = shown(True)
+    workers = [WorkerStatus("worker-0", "node-a, process 7", "tasks 4 to 7", 40, 20.0, 5 << 20)]
+    view.watch(lambda: workers)
+    view.start(0, 50)
+    view.step(record(1))
+    workers.append(WorkerStatus("worker-1", "", "starting", 0, 0.0, 0))
+    view.stop()
+    for words in (("worker", "where", "now", "tasks/s"), ("worker-0", "node-a, process 7", "tasks 4 to 7", "2", "5.0 MiB")):
+        assert any(all(word in line for word in words) for line in text.getvalue().splitlines())
+    assert "starting" in text.getvalue()
+
+
+def test_plain_lines_name_the_workers_memory() -> None:
+    view, text = shown(False)
+    view.start(0, 50)
+    service = {"workers": 2, "peak_bytes": {"worker-0": 7 << 20, "worker-1": 9 << 20}}
+    view.step(dataclasses.replace(record(1), peak_bytes=None, service=service))
+    assert "2 workers  peak memory 9.0 MiB" in text.getvalue()
 
 
 def test_plain_lines_are_few() -> None:

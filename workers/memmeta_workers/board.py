@@ -8,6 +8,8 @@ from typing import Any
 
 from torch.utils.tensorboard import SummaryWriter
 
+from .metrics import flat
+
 
 class Board:
     """Writes a run's metrics to a ``tensorboard`` folder.
@@ -29,6 +31,7 @@ class Board:
             "times": record["times"],
             "memory": record["memory"],
             "validation": record.get("validation", {}).get("values", {}),
+            "service": flat(record.get("service", {})),
         }
         for group, values in groups.items():
             for name, value in values.items():

@@ -223,8 +223,12 @@ class Dispatcher(WorkerGroup):
         pace = self._paces.get(self._jobs[held[0].index][0].kind)
         expected = None if pace is None else pace.seconds / pace.tasks
         for name, index in policies.copies(idle, held, expected, self._clock(), self.limits.copy_after):
-            self._counts["copies"] += 1
+            waiting = next(((one.worker, one.ticket) for one in held if one.index == index and one.since is None), None)
             self._give(name, index)
+            if waiting is None:
+                self._counts["copies"] += 1
+            else:  # not begun there: it moves
+                self._abandon(*waiting)
 
     def _give(self, name: str, index: int) -> None:
         job, weights = self._jobs[index]
@@ -243,7 +247,8 @@ class Dispatcher(WorkerGroup):
             for position, ticket in enumerate(worker.hand):
                 job = self._tickets[ticket]
                 if ticket not in self._abandoned:
-                    found.append(Held(name, job.index, None if position else worker.since, job.shard.count))
+                    since = None if position else worker.since
+                    found.append(Held(name, job.index, since, job.shard.count, ticket))
         return found
 
     # What happens.

@@ -84,12 +84,14 @@ class Held:
         index: of the shard.
         since: when the worker began it; ``None`` while it is queued behind another.
         tasks: in the shard.
+        ticket: the ledger's name for this shard in these hands.
     """
 
     worker: str
     index: int
     since: float | None
     tasks: int
+    ticket: int = 0
 
 
 class Loss(Enum):
@@ -147,11 +149,11 @@ def assign(
 def copies(
     idle: Sequence[str], held: Sequence[Held], expected: float | None, now: float, copy_after: float
 ) -> list[tuple[str, int]]:
-    """Second copies of shards for idle workers, when nothing waits any more; the first answer wins.
+    """Shards for idle workers, when nothing waits any more.
 
-    First those that are queued behind another shard (they have not begun), the one whose worker has been busy for
-    the shortest time first; then those that take much longer than expected, the slowest first. No shard has more than
-    two holders.
+    First those that are queued behind another shard: they have not begun, and move. The one whose worker has been busy
+    for the shortest time comes first. Then copies of those that take much longer than expected, the slowest first; the
+    first answer wins, and no shard has more than two holders.
 
     Args:
         idle: workers without a shard.

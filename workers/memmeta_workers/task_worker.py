@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import platform
 import resource
@@ -11,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from memmeta.errors import MemmetaError
+from memmeta.errors import InputError, MemmetaError
 
 from . import devices
 from .buffers import HostCopy, Landing
@@ -46,7 +47,11 @@ class TaskWorker:
             self._landing = Landing(parameters)
             self.sums_layout = Layout.of(parameters, sums=True)
             self._host, self._buffer, self._adding = HostCopy(), None, Adding(self.sums_layout)
+            gc.collect()
+            gc.freeze()
             return f"{platform.node()}, process {os.getpid()}"
+        except InputError as error:
+            return InputError(f"a worker on {platform.node()} can't build the experiment: {error}")
         except MemmetaError as error:
             return error
         except Exception as error:
