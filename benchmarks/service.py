@@ -202,7 +202,7 @@ def _ways(made: Recipe) -> dict[str, Callable[[int], float]]:
     """Each: seconds per outer step, of so many after two that are not counted; nothing else is alive meanwhile."""
 
     def inside(repeat: int) -> float:
-        experiment = build(made)
+        experiment = made.build("cpu")
         update = OuterUpdate(
             experiment.learner.meta_parameters(), experiment.outer, experiment.schedule, experiment.clip_norm
         )

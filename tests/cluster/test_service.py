@@ -265,7 +265,6 @@ def test_metrics_say_what_the_processes_did(train: Command, here: Path) -> None:
         assert numbers * 4 <= service["bytes_out"] <= 3 * (numbers * 4 + 4 * 64)
         assert service["restarts"] == service["reissued"] == service["server_restarts"] == 0
 
-
     events = EventAccumulator(str(here / "run" / "tensorboard"))
     events.Reload()
     tags = set(events.Tags()["scalars"])

@@ -52,7 +52,10 @@ def test_the_live_display_has_a_line_for_each_worker_as_it_is_now() -> None:
     view.step(record(1))
     workers.append(WorkerStatus("worker-1", "", "starting", 0, 0.0, 0))
     view.stop()
-    for words in (("worker", "where", "now", "tasks/s"), ("worker-0", "node-a, process 7", "tasks 4 to 7", "2", "5.0 MiB")):
+    for words in (
+        ("worker", "where", "now", "tasks/s"),
+        ("worker-0", "node-a, process 7", "tasks 4 to 7", "2", "5.0 MiB"),
+    ):
         assert any(all(word in line for word in words) for line in text.getvalue().splitlines())
     assert "starting" in text.getvalue()
 
