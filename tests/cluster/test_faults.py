@@ -255,7 +255,7 @@ def test_ctrl_c_leaves_a_checkpoint_and_nothing_else(here: Path, undisturbed: Co
             time.sleep(0.02)
         os.killpg(child.pid, signal.SIGINT)  # as a terminal does: to every process of the group
         assert child.wait(60) == 130, (here / "log").read_text()
-    assert "to go on:" in (here / "log").read_text()
+    assert "to go on: memmeta train waves.py --address local --run-dir run --resume" in (here / "log").read_text()
     assert sabotage.processes("TaskWorker", "ParameterServer") == []
     assert not list(Path("/tmp").glob(f"mm-{child.pid}-*"))
     assert not [name for name in os.listdir("/dev/shm") if "plasma" in name]

@@ -31,8 +31,8 @@ from memmeta_workers.update import Applied, OuterUpdate
 @pytest.fixture(autouse=True)
 def _in_this_process(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """References are the arrays themselves, ``None`` where they are lost; the working directory comes back."""
-    monkeypatch.setattr("memmeta_workers.parameter_server.fetch", lambda reference: reference)
-    monkeypatch.setattr("memmeta_workers.references.fetch", lambda reference: reference)
+    monkeypatch.setattr("memmeta_workers.parameter_server.fetch", lambda reference, nbytes: reference)
+    monkeypatch.setattr("memmeta_workers.references.fetch", lambda reference, nbytes: reference)
     monkeypatch.chdir(tmp_path)
 
 

@@ -416,12 +416,15 @@ def test_a_worker_that_cannot_be_built_stops_the_run() -> None:
     assert it.pool.hired == 2
 
 
-def test_workers_that_cannot_be_built_for_lack_of_memory_stop_the_run() -> None:
-    """Even while others work: else they would be asked for without end."""
+def test_workers_that_cannot_be_built_for_lack_of_memory() -> None:
+    """While others work the run goes on, and they are asked for now and then; without others it stops."""
     it = scene(Crew(1, 2), lambda worker, job: FULL if job is None and worker != "worker-0" else Fate())
+    assert sorted(it.gather(tasks=200)) == list(range(100))
+    assert 4 <= it.pool.hired <= 4 + it.clock.now / it.dispatcher.limits.least_deadline
+    alone = scene(Crew(1, 2), lambda worker, job: FULL if job is None else Fate())
     with pytest.raises(TaskFailed, match="lower chunk"):
-        it.gather(tasks=200)
-    assert it.pool.hired <= 5
+        alone.gather(tasks=200)
+    assert alone.pool.hired <= 5
 
 
 @pytest.mark.parametrize(

@@ -8,17 +8,21 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
 from torch import nn
 
+from memmeta.errors import InputError
 from memmeta_workers import OuterUpdate, load
 from memmeta_workers.checkpoints import Extra
 from memmeta_workers.cluster import Connection
 from memmeta_workers.coordinator import Coordinator
 from memmeta_workers.local import LocalServer, LocalWorkers, local, parameters_on_cpu
+from memmeta_workers.policies import Crew, Limits
+from memmeta_workers.service import Service
+from memmeta_workers.site import Site
 from memmeta_workers.stores import LocalStore
 
 Command = Callable[..., Any]
@@ -100,6 +104,15 @@ def test_without_ray_it_says_what_to_install(waves: Path, here: Path) -> None:
         "or leave --workers out to train in this process\n"
     )
     assert list(here.iterdir()) == []
+
+
+def test_a_file_that_changes_while_the_run_starts_is_refused(waves: Path) -> None:
+    """Else the workers would train another file than the driver has checked."""
+    file = load(waves)
+    waves.write_text(waves.read_text() + "\n# changed\n")
+    site = Site("cpu", "cpu", 1, Limits(), Service(Crew(1, 1)))
+    with pytest.raises(InputError, match="was changed while the run started"):
+        site.backend(file, cast(Any, None), cast(Any, None), cast(Any, None), lambda: False)
 
 
 def test_training_in_one_process_never_imports_ray(waves: Path, here: Path) -> None:

@@ -89,7 +89,10 @@ def _named(address: str) -> str | None:
     """The address of a cluster that is there, or ``None`` for a private one."""
     if address == "local":
         return None
-    named = address if address != "auto" else os.environ.get("RAY_ADDRESS")
+    named = address if address != "auto" else os.environ.get("RAY_ADDRESS", "auto")
+    if named == "local":
+        return None
+    named = None if named in ("auto", "") else named
     found = named or _started_here()
     if found is None or _answers(found):
         return found

@@ -69,7 +69,7 @@ def train(argv: Sequence[str]) -> int:
             steps=experiment.steps, threads=site.threads, device=site.device, seed=experiment.seed,
             chance=experiment.chance, checkpoints=place, workers=values.workers,
         )  # fmt: skip
-        again = shlex.join(["memmeta", "train", name, "--run-dir", str(folder.path), "--resume"])
+        again = shlex.join(["memmeta", "train", name, *_where(values), "--run-dir", str(folder.path), "--resume"])
         backend = site.backend(file, config, experiment, shown, signals.asked)
         run = stack.enter_context(Run(experiment, config, folder, shown, again, signals.asked, backend, site.limits))
         if values.resume is None:
@@ -82,6 +82,13 @@ def train(argv: Sequence[str]) -> int:
     _report(shown, summary, experiment.learner.steps, experiment)
     _picture(shown, folder, folder.picture_file, summary, file.path.stem)
     return 0
+
+
+def _where(values: Namespace) -> list[str]:
+    """The options about workers that were given and that no run folder keeps."""
+    usual = {"address": "auto", "gpus_per_worker": None, "reduce": "server", "deadline": None}
+    given = {name: values[name] for name, value in usual.items() if values[name] != value}
+    return [part for name, value in given.items() for part in (f"--{name.replace('_', '-')}", str(value))]
 
 
 def _resumed(parser: Parser, argv: Sequence[str], file: ExperimentFile, stored: Config) -> Namespace:

@@ -24,6 +24,9 @@ from .shards import cut
 from .stores import Store
 from .update import Applied
 
+# How often shards whose sums were lost on their way are computed again.
+_ROUNDS = 10
+
 
 class StopRequested(Exception):
     """The run was asked to stop: the outer step under way was abandoned, the weights are the last whole one's."""
@@ -253,8 +256,12 @@ class Coordinator:
         reducer = self.server.reducer(len(shards))
         answers: dict[int, tuple[int, Report]] = {}
         gathering = 0.0
-        todo = jobs
+        todo, rounds = jobs, 0
         while todo:
+            rounds += 1
+            if rounds > _ROUNDS:
+                lost = f"the sums of {len(todo)} shards were lost on their way {_ROUNDS} times"
+                raise MemmetaError(f"outer step {step + 1}: {lost}; is the network between the nodes in order?")
             with contextlib.closing(self._run(todo, weights)) as answered:
                 for result in answered:
                     received = time.perf_counter()

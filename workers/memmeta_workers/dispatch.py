@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterator
@@ -105,6 +106,7 @@ class Dispatcher(WorkerGroup):
         self._losses: Counter[tuple[int, Loss]] = Counter()
         self._for_fresh: dict[int, float] = {}
         self._failed_starts = 0
+        self._hire_again = -math.inf
         self._short_since: float | None = None
         self._said_short = False
         self._counts: Counter[str] = Counter()
@@ -159,7 +161,10 @@ class Dispatcher(WorkerGroup):
     def _state(self, worker: _Worker) -> str:
         if not worker.ready:
             return "starting"
-        job = self._tickets.get(worker.hand[0]) if worker.hand else None
+        try:  # the display's thread looks, and the hand may be emptied meanwhile
+            job = self._tickets.get(worker.hand[0])
+        except IndexError:
+            job = None
         return "idle" if job is None else job.shard.span()
 
     # Who works.
@@ -182,7 +187,8 @@ class Dispatcher(WorkerGroup):
             MemmetaError: fewer than needed were there for longer than ``limits.patience``.
         """
         now, ready = self._clock(), sum(worker.ready for worker in self._workers.values())
-        for _ in range(policies.hire(len(self._workers), self.crew)):
+        wanted = 0 if now < self._hire_again else policies.hire(len(self._workers), self.crew)
+        for _ in range(wanted):
             self._workers[self.pool.hire()] = _Worker(since=now)
             self._hired += 1
             self._counts["restarts"] += self._hired > self.crew.most
@@ -299,7 +305,7 @@ class Dispatcher(WorkerGroup):
             raise error
         if ticket is None:
             self._failed_starts += 1
-            if self._failed_starts >= self.limits.starts:
+            if self._failed_starts >= self.limits.starts and not self._enough():
                 raise error
         else:
             job = self._tickets[ticket]
@@ -307,14 +313,14 @@ class Dispatcher(WorkerGroup):
             if policies.after_loss(Loss.MEMORY, self._losses[job.index, Loss.MEMORY], self.limits) is Verdict.STOP:
                 raise error
             self._keep_for_fresh(job.index)
-        self._note(f"{name} ({worker.place}): {error}: tried again on a fresh worker")
+        self._note(f"{name} ({worker.place or 'starting'}): {error}: tried again on a fresh worker")
         self.pool.dismiss(name)
         self._requeue(name, worker)
 
     def _gone(self, name: str, worker: _Worker, loss: Loss, reason: str) -> None:
         if not worker.ready:
             self._failed_starts += 1
-            if self._failed_starts >= self.limits.starts:
+            if self._failed_starts >= self.limits.starts and not self._enough():
                 raise MemmetaError(f"{self._failed_starts} workers in a row ended while they were starting: {reason}")
         current = worker.hand[0] if worker.hand else None
         self._note(f"{name} ({worker.place or 'starting'}) {loss.value}; another is asked for. {reason}")
@@ -328,6 +334,13 @@ class Dispatcher(WorkerGroup):
             if loss is Loss.MEMORY:
                 self._keep_for_fresh(job.index)
         self._requeue(name, worker)
+
+    def _enough(self) -> bool:
+        """Whether the run can go on without the workers that fail to start; they are asked for again, but slowly."""
+        enough = sum(worker.ready for worker in self._workers.values()) >= self.crew.least
+        if enough:
+            self._hire_again = self._clock() + self.limits.least_deadline
+        return enough
 
     def _keep_for_fresh(self, index: int) -> None:
         """What a worker holds beside may be what took its memory: the shard is for one that has done nothing yet."""

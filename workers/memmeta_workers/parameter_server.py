@@ -63,7 +63,7 @@ class ParameterServer:
 
     def put(self, index: int, sums: list[Any]) -> bool:
         """Adds the sum of one shard along the tree; false if its bytes (behind a reference) are nowhere any more."""
-        array = fetch(sums[0])
+        array = fetch(sums[0], self.update.sums_layout.nbytes)
         if array is None:
             return False
         self._bytes_in += array.nbytes
@@ -76,7 +76,7 @@ class ParameterServer:
 
     def hold(self, sums: list[Any]) -> bool:
         """Takes over the whole sum of the meta-batch, which the workers have added; false if it is nowhere any more."""
-        array = fetch(sums[0])
+        array = fetch(sums[0], self.update.sums_layout.nbytes)
         if array is None:
             return False
         self._bytes_in += array.nbytes

@@ -13,15 +13,14 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from memmeta.errors import MemmetaError
 
 from .checkpoints import Checkpoint, Extra
+from .compute import TaskFailed
 from .coordinator import Reducer, Server, ServerLost, Weights
 from .parameter_server import ParameterServer
 from .ray_pool import RayPool, Sent, reason
 from .reduction import Added, Adder, Node, Outcome, TreeReducer
+from .references import moving_seconds
 from .stores import Store
 from .update import Applied, Layout
-
-# However slow the machine, bytes move at least so fast: added to what a call may take.
-_BYTES_PER_SECOND = 10e6
 
 
 class RayServer(Server):
@@ -40,7 +39,7 @@ class RayServer(Server):
         self, recipe: Any, layout: Layout, pool: RayPool, reduce: Literal["server", "tree"], name: str, seconds: float
     ) -> None:
         self._recipe, self._pool, self._reduce, self._name = recipe, pool, reduce, name
-        self.seconds = seconds + 10 * layout.nbytes / _BYTES_PER_SECOND
+        self.seconds = seconds + 10 * moving_seconds(layout.nbytes)
         self._starts = itertools.count()
         self._actor: Any = None
         self._weights: Weights | None = None
@@ -116,7 +115,8 @@ class RayServer(Server):
         except exceptions.GetTimeoutError as error:
             raise ServerLost(f"the parameter server did not answer in {self.seconds:.0f} s") from error
         except exceptions.RayTaskError as error:
-            raise error.as_instanceof_cause() from None
+            cause = error.as_instanceof_cause()
+            raise TaskFailed.of(cause, "the parameter server") from error
         except exceptions.RayError as error:
             raise ServerLost(f"the parameter server died {reason(error)}") from error
 
@@ -153,7 +153,8 @@ class _ServerAdds(Reducer):
         self._puts[index] = self._server.call("put", index, [sums.reference])
 
     def missing(self) -> list[int]:
-        there = self._server.get(list(self._puts.values()))
+        # One after the other, as the server does them: each may wait for a sum that never comes.
+        there = [self._server.get(put) for put in self._puts.values()]
         lost = [index for index, fine in zip(self._puts, there, strict=True) if not fine]
         self._puts.clear()
         return lost

@@ -13,10 +13,17 @@ from .reduction import Outcome
 from .update import Layout
 
 # A node that stands still loses its objects without any error: only time tells (RAY_health_check_* decide otherwise).
-FETCH_SECONDS = 60.0
+_SECONDS = 60.0
+# However slow the network, bytes move at least so fast.
+_BYTES_PER_SECOND = 10e6
 
 
-def fetch(reference: Any) -> np.ndarray | None:
+def moving_seconds(nbytes: int) -> float:
+    """How long so many bytes may be under way."""
+    return nbytes / _BYTES_PER_SECOND
+
+
+def fetch(reference: Any, nbytes: int) -> np.ndarray | None:
     """The array behind a reference, mapped and read-only; ``None`` if it is nowhere any more.
 
     A reference that is an argument itself would fail the whole call; so it comes inside a list, and is got here.
@@ -25,7 +32,7 @@ def fetch(reference: Any) -> np.ndarray | None:
     from ray import exceptions
 
     try:
-        return ray.get(reference, timeout=FETCH_SECONDS)
+        return ray.get(reference, timeout=_SECONDS + moving_seconds(nbytes))
     except (exceptions.RayError, TimeoutError):
         return None
 
@@ -39,10 +46,10 @@ class Adding:
 
     def add(self, left: Any, right: Any) -> tuple[Outcome, np.ndarray | None]:
         """The sum, valid until the next call; or which value is nowhere any more."""
-        one = fetch(left)
+        one = fetch(left, self._layout.nbytes)
         if one is None:
             return Outcome.LEFT_LOST, None
-        other = fetch(right)
+        other = fetch(right, self._layout.nbytes)
         if other is None:
             return Outcome.RIGHT_LOST, None
         if self._into is None:

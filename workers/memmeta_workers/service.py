@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Literal
@@ -58,11 +59,14 @@ class Service:
 
         from .ray_pool import RayPool, Seat
         from .ray_server import RayServer
+        from .references import moving_seconds
 
         reference = ray.put(recipe)
         pool = RayPool(reference, Seat(self.cpus, self.gpus), self.name)
-        workers = Dispatcher(pool, self.crew, self.limits, note)
         layout = Layout.of(experiment.learner.meta_parameters(), sums=True)
+        # The weights' way to a worker counts as its time, and is not among the times that were observed.
+        least = self.limits.least_deadline + moving_seconds(layout.nbytes)
+        workers = Dispatcher(pool, self.crew, dataclasses.replace(self.limits, least_deadline=least), note)
         with contextlib.ExitStack() as stack:
             stack.callback(workers.close)
             workers.staff()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import hashlib
 import os
 import secrets
 from collections.abc import Callable, Iterator
@@ -60,10 +61,13 @@ class Site:
         service = self.service
         if service is None:
             return lambda update: contextlib.nullcontext(local(experiment, update, stop))
+        text = file.path.read_bytes()
+        if hashlib.sha256(text).hexdigest() != file.sha256:
+            raise InputError(f"{file.path} was changed while the run started: start it again")
         recipe = Recipe(
             path=str(file.path),
             sha256=file.sha256,
-            text=file.path.read_bytes(),
+            text=text,
             options=config.options,
             steps=config.steps,
             threads=config.threads,

@@ -111,7 +111,7 @@ class Run:
                 self.store.clean()
             self._save()
         except MemmetaError as error:
-            if self.config.checkpoints is None:
+            if self.config.checkpoints is None or not isinstance(error.__cause__, OSError):
                 raise
             self.folder.discard()
             raise InputError(f"--checkpoints {error}; name a place that can") from error
@@ -191,6 +191,8 @@ class Run:
             return  # the last checkpoint stands, and the steps after it are repeated on --resume
         try:
             self._save()
+        except StopRequested:
+            return  # the server was lost too: as above
         except MemmetaError as error:
             raise RunFailed(f"{error}; {self._left()}") from error
 
@@ -247,10 +249,12 @@ class Run:
         return self._surviving(action, replay=replay, losses=losses)
 
     def _replay(self) -> None:
-        if self._step == 0 and not self.store.steps():
-            return  # a fresh server has the initial weights
-        found = find(self.folder, last_good(self.store, self.store.steps(), self.config.sha256) or "last", self.again)
-        self.coordinator.server.load(self.store, found)
+        with _reading(self.store):
+            steps = self.store.steps()
+            if self._step == 0 and not steps:
+                return  # a fresh server has the initial weights
+            found = find(self.folder, last_good(self.store, steps, self.config.sha256) or "last", self.again)
+            self.coordinator.server.load(self.store, found)
         if found.step < self._step:
             self.display.note(f"the parameter server repeats outer steps {found.step + 1} to {self._step}")
         self._behind = True
