@@ -3,16 +3,31 @@
 from __future__ import annotations
 
 import difflib
+import importlib
+import os
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
 
 from memmeta.errors import MemmetaError, NonFiniteError
 
 DONE, FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
-COMMANDS = ("train", "evaluate", "plot")
+# Where each command is; imported when it is asked for.
+COMMANDS = {
+    "train": "commands",
+    "evaluate": "commands",
+    "plot": "commands",
+    "node": "node",
+    "submit": "submit",
+    "jobs": "job_commands",
+    "status": "job_commands",
+    "logs": "job_commands",
+    "stop": "job_commands",
+    "fetch": "job_commands",
+    "doctor": "doctor",
+}
 USAGE = """\
 usage: memmeta COMMAND ...
 
@@ -22,6 +37,19 @@ Exact meta-gradients in bounded memory for PyTorch.
                              train an experiment; progress, metrics, checkpoints, final evaluation
   memmeta evaluate RUN_DIR   score a run's checkpoint on held-out tasks
   memmeta plot RUN_DIR       draw its learning curves
+
+On a Ray cluster, through its dashboard (--address http://HEAD:8265):
+  memmeta submit FILE.py [--follow] [options of train]
+                             check the experiment, ship its folder, and train it there as a job
+  memmeta jobs               the jobs there
+  memmeta status ID          one job: how far it is, what it was made of
+  memmeta logs ID [-f]       what it prints
+  memmeta stop ID            let it write a checkpoint and end
+  memmeta fetch ID           bring home its metrics, picture and best checkpoint
+  memmeta node --head | --join HOST:6379
+                             make this machine a node of a cluster, behind a token
+  memmeta doctor             look over this machine, or with --address a cluster, and say what to change
+
   memmeta --version
   memmeta COMMAND --help     all options of a command; after FILE.py those of the experiment too
 
@@ -35,9 +63,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     0: done. 2: bad input, one line on stderr, nothing half-written. 1: a run failed. 130: interrupted.
     """
-    arguments = list(sys.argv[1:] if argv is None else argv)
+    return guarded(_dispatch, list(sys.argv[1:] if argv is None else argv))
+
+
+def guarded(command: Callable[[list[str]], int], arguments: list[str]) -> int:
+    """Runs a command; what it raises becomes one line on stderr and an exit code, as ``main`` has them."""
     try:
-        return _dispatch(arguments)
+        return command(arguments)
     except MemmetaError as error:
         return _say(error)
     except KeyboardInterrupt:
@@ -52,6 +84,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         return BAD_INPUT
     except Exception as error:
         return _crash(error, arguments)
+
+
+def working_directory_last() -> None:
+    """For ``python -m``, which puts the working directory first: there, it could hide other packages."""
+    here = os.getcwd()
+    sys.path[:] = [*(entry for entry in sys.path if entry not in ("", here)), here]
 
 
 def _dispatch(arguments: list[str]) -> int:
@@ -69,14 +107,14 @@ def _dispatch(arguments: list[str]) -> int:
         hint = f"did you mean {close[0]}?" if close else f"write one of {', '.join(COMMANDS)}"
         _error(f"unknown command {name!r}: {hint}")
         return BAD_INPUT
-    from . import commands
-
-    chosen = {"train": commands.train, "evaluate": commands.evaluate, "plot": commands.plot}[name]
-    return chosen(arguments[1:])
+    module = importlib.import_module(f".{COMMANDS[name]}", __package__)
+    return getattr(module, name)(arguments[1:])
 
 
 def _say(error: MemmetaError) -> int:
     from .compute import TaskFailed
+    from .jobs import JobFailed
+    from .node import NodeFailed
     from .train import Interrupted, RunFailed
 
     if isinstance(error, Interrupted):
@@ -86,7 +124,7 @@ def _say(error: MemmetaError) -> int:
     if isinstance(failed, TaskFailed):
         sys.stderr.write(failed.traceback)
     _error(_one_line(error))
-    return FAILED if isinstance(error, (RunFailed, NonFiniteError, TaskFailed)) else BAD_INPUT
+    return FAILED if isinstance(error, (RunFailed, NonFiniteError, TaskFailed, JobFailed, NodeFailed)) else BAD_INPUT
 
 
 def _crash(error: Exception, arguments: Sequence[str]) -> int:

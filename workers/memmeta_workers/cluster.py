@@ -18,6 +18,8 @@ from typing import Any
 
 from memmeta.errors import InputError
 
+from . import access
+
 # Short: the names of Ray's sockets must fit in about 100 characters.
 _PREFIX = "mm-"
 
@@ -94,7 +96,7 @@ def _named(address: str) -> str | None:
         return None
     named = None if named in ("auto", "") else named
     found = named or _started_here()
-    if found is None or _answers(found):
+    if found is None or answers(found):
         return found
     if not named:
         return None  # what a cluster that was killed has left behind
@@ -114,7 +116,7 @@ def _started_here() -> str | None:
         return None
 
 
-def _answers(address: str) -> bool:
+def answers(address: str) -> bool:
     """Whether anything listens there."""
     host, _, port = address.rpartition(":")
     try:
@@ -137,8 +139,10 @@ def _before_import(private: bool, output: bool) -> None:
         os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
         # Nobody looks at the history of calls there, and it would grow by 30 KB a step.
         os.environ.setdefault("RAY_task_events_report_interval_ms", "0")
-        if "RAY_AUTH_MODE" not in os.environ:
-            os.environ.update(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=secrets.token_hex(32))
+        if not access.switched_off():
+            os.environ.update({access.MODE: "token", access.TOKEN: secrets.token_hex(32)})
+    elif not private and not access.switched_off() and access.find_token() is not None:
+        access.switch_on()
 
 
 def _import_ray() -> Any:

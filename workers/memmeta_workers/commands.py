@@ -6,7 +6,7 @@ import contextlib
 import shlex
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -29,8 +29,19 @@ from .train import Run, find, summary_of
 from .update import OuterUpdate
 
 
-def train(argv: Sequence[str]) -> int:
+def _nothing(file: ExperimentFile, values: Namespace) -> None:
+    return None
+
+
+def train(
+    argv: Sequence[str], before: Callable[[ExperimentFile, Namespace], None] = _nothing, again: str | None = None
+) -> int:
     """``memmeta train FILE.py``: returns the exit code.
+
+    Args:
+        argv: the arguments.
+        before: called when the cluster, if there is one, is there, and nothing else has been done.
+        again: the command that goes on with the run, for the user; this one if not given.
 
     Raises:
         InputError: bad input; nothing was written.
@@ -59,6 +70,7 @@ def train(argv: Sequence[str]) -> int:
     with contextlib.ExitStack() as stack:
         signals = stack.enter_context(StopSignals())
         site = stack.enter_context(on_site(values, shown.note))
+        before(file, values)
         devices.use(site.own_device, site.threads)
         options = parser.plain(values, parameters(file.function))
         if values.resume is not None:
@@ -69,7 +81,8 @@ def train(argv: Sequence[str]) -> int:
             steps=experiment.steps, threads=site.threads, device=site.device, seed=experiment.seed,
             chance=experiment.chance, checkpoints=place, workers=values.workers,
         )  # fmt: skip
-        again = shlex.join(["memmeta", "train", name, *_where(values), "--run-dir", str(folder.path), "--resume"])
+        here = ["memmeta", "train", name, *_where(values), "--run-dir", str(folder.path), "--resume"]
+        again = again or shlex.join(here)
         backend = site.backend(file, config, experiment, shown, signals.asked)
         run = stack.enter_context(Run(experiment, config, folder, shown, again, signals.asked, backend, site.limits))
         if values.resume is None:
@@ -86,7 +99,7 @@ def train(argv: Sequence[str]) -> int:
 
 def _where(values: Namespace) -> list[str]:
     """The options about workers that were given and that no run folder keeps."""
-    usual = {"address": "auto", "gpus_per_worker": None, "reduce": "server", "deadline": None}
+    usual = {"address": "auto", "gpus_per_worker": None, "reduce": "server", "deadline": None, "patience": None}
     given = {name: values[name] for name, value in usual.items() if values[name] != value}
     return [part for name, value in given.items() for part in (f"--{name.replace('_', '-')}", str(value))]
 

@@ -16,7 +16,7 @@ from typing import Any, Literal, Union
 
 import docstring_parser
 from jsonargparse import ArgumentParser, Namespace
-from jsonargparse.typing import PositiveFloat, PositiveInt
+from jsonargparse.typing import NonNegativeInt, PositiveFloat, PositiveInt
 
 from memmeta.errors import InputError
 
@@ -24,6 +24,8 @@ from .experiment import ExperimentFile
 
 # A whole number of at least 1, or nothing. (The cast tells type checkers that PositiveInt is a class.)
 COUNT: Any = typing.cast(type, PositiveInt) | None
+# A whole number of at least 0, or nothing.
+NUMBER: Any = typing.cast(type, NonNegativeInt) | None
 # A number above 0, or nothing.
 SECONDS: Any = typing.cast(type, PositiveFloat) | None
 _OWN = (
@@ -41,6 +43,7 @@ _OWN = (
     "gpus_per_worker",
     "reduce",
     "deadline",
+    "patience",
     "worker_output",
 )
 _CHECKPOINT = re.compile(r"last|step-\d+")
@@ -51,6 +54,7 @@ _WORDS: dict[Any, str] = {
     str: "text",
     Path: "a path",
     PositiveInt: "a whole number of at least 1",
+    NonNegativeInt: "a whole number of at least 0",
     PositiveFloat: "a number above 0",
 }
 
@@ -74,6 +78,11 @@ class Parser:
         self._types[name] = kind
         flag = name if positional else f"--{_dashed(name)}"
         (self.parser if group is None else group).add_argument(flag, type=kind, help=text or None, **rest)
+
+    def flag(self, name: str, text: str, group: Any = None) -> None:
+        """Adds option ``--name``, which takes no value: true if it is there."""
+        self._types[name] = bool
+        (self.parser if group is None else group).add_argument(f"--{_dashed(name)}", action="store_true", help=text)
 
     def options(self) -> list[str]:
         """All options, as they are written."""
@@ -228,6 +237,8 @@ def _add_workers(parser: Parser) -> None:
     parser.add("reduce", Literal["server", "tree"], text, group, default="server")
     text = "seconds after which a worker's shard is given to another; from observed times if not given"
     parser.add("deadline", SECONDS, text, group, metavar="S")
+    text = "seconds to wait for workers that the cluster has no room for; 600 if not given"
+    parser.add("patience", SECONDS, text, group, metavar="S")
     parser.add("worker_output", bool, "show what the workers print", group, default=False)
 
 

@@ -32,7 +32,8 @@ class Recipe:
         steps: outer steps.
         threads: CPU threads of each process.
         device: "cpu" or "cuda", of the workers.
-        folder: the working directory, for relative paths in the experiment.
+        folder: the working directory, for relative paths in the experiment; that of a job's shipped folder may be
+            another one on each machine.
     """
 
     path: str
@@ -56,9 +57,10 @@ class Recipe:
         return devices.place(self._experiment(), device)
 
     def _experiment(self) -> Experiment:
+        for path in self._places():
+            if path.is_file() and hashlib.sha256(path.read_bytes()).hexdigest() == self.sha256:
+                return built(load(path), self.options, self.steps)
         path = Path(self.path)
-        if path.is_file() and hashlib.sha256(path.read_bytes()).hexdigest() == self.sha256:
-            return built(load(path), self.options, self.steps)
         # Another machine: the text is enough where the file imports nothing beside it.
         folder = Path(tempfile.mkdtemp(prefix="memmeta-"))
         try:
@@ -67,6 +69,12 @@ class Recipe:
             return built(load(copy), self.options, self.steps)
         finally:
             shutil.rmtree(folder, ignore_errors=True)
+
+    def _places(self) -> list[Path]:
+        """Where the file may be: where it was, or in this process's working directory, as a job's shipped folder is."""
+        path = Path(self.path)
+        below = path.is_relative_to(self.folder)
+        return [path, Path.cwd() / path.relative_to(self.folder)] if below else [path]
 
 
 def built(file: ExperimentFile, options: dict[str, Any], steps: int) -> Experiment:

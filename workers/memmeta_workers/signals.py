@@ -9,17 +9,21 @@ from types import FrameType
 from typing import Any
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
-_MESSAGE = b"\nmemmeta: stopping after the tasks under way; once more stops at once\n"
+_MESSAGE = "\nmemmeta: stopping after the tasks under way; once more stops at once\n"
 
 
 class StopSignals:
     """While entered, the first SIGINT or SIGTERM sets ``requested``; a second one raises KeyboardInterrupt.
 
     Outside the main thread, where Python has no signals, nothing is installed.
+
+    Args:
+        message: written to stderr at the first one.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, message: str = _MESSAGE) -> None:
         self.requested = False
+        self._message = message.encode()
         self._before: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> StopSignals:
@@ -40,4 +44,4 @@ class StopSignals:
             raise KeyboardInterrupt
         self.requested = True
         # Not through the display: the signal may have come in the middle of one of its writes.
-        os.write(2, _MESSAGE)
+        os.write(2, self._message)

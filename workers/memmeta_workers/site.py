@@ -96,6 +96,8 @@ def on_site(values: Namespace, note: Callable[[str], None]) -> Iterator[Site]:
     limits = Limits()
     if values.deadline is not None:
         limits = dataclasses.replace(limits, deadline=float(values.deadline))
+    if values.patience is not None:
+        limits = dataclasses.replace(limits, patience=float(values.patience))
     if crew is None:
         _only_with_workers(values)
         device = devices.choose(values.device)
@@ -104,7 +106,9 @@ def on_site(values: Namespace, note: Callable[[str], None]) -> Iterator[Site]:
     threads = int(values.threads or max(1, (os.cpu_count() or 1) // crew.most))
     name = f"memmeta-{secrets.token_hex(4)}"
     with connected(values.address, crew.most * threads, name, output=values.worker_output) as connection:
-        device = _device(values.device, connection.gpus)
+        # A cluster that grows may have none yet.
+        gpus = connection.gpus if values.patience is None else max(connection.gpus, values.gpus_per_worker or 0)
+        device = _device(values.device, gpus, told=values.patience is not None)
         gpus = _gpus(values.gpus_per_worker, device)
         note(f"{crew} worker{'s' if crew.most > 1 else ''} on {connection.text}")
         yield Site(device, "cpu", threads, limits, Service(crew, threads, gpus, values.reduce, limits, name))
@@ -116,15 +120,16 @@ def _only_with_workers(values: Namespace) -> None:
         "--gpus-per-worker": values.gpus_per_worker is not None,
         "--reduce": values.reduce != "server",
         "--deadline": values.deadline is not None,
+        "--patience": values.patience is not None,
         "--worker-output": values.worker_output,
     }
     for option in (option for option, used in given.items() if used):
         raise InputError(f"{option} is about worker processes: add --workers N, or leave {option} out")
 
 
-def _device(wanted: str, gpus: float) -> str:
-    """That of the workers, on a cluster with so many GPUs."""
-    if wanted == "cuda" and not gpus:
+def _device(wanted: str, gpus: float, told: bool = False) -> str:
+    """That of the workers, on a cluster with so many GPUs; ``told`` to wait for more."""
+    if wanted == "cuda" and not gpus and not told:
         raise InputError("--device cuda: the cluster has no GPU; write --device cpu, or name another --address")
     return wanted if wanted != "auto" else ("cuda" if gpus else "cpu")
 
