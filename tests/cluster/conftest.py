@@ -47,7 +47,8 @@ def nodes() -> Iterator[Any]:
     os.environ.update({**SETTINGS, "RAY_TMPDIR": folder, sabotage.MARK: folder})
     from ray.cluster_utils import Cluster
 
-    head = {"num_cpus": 4, "include_dashboard": False, "object_store_memory": 200_000_000}
+    # Port 0: where another cluster has the usual one, Ray would try it, and leave a socket open.
+    head = {"num_cpus": 4, "include_dashboard": False, "dashboard_port": 0, "object_store_memory": 200_000_000}
     cluster = Cluster(initialize_head=True, head_node_args=head)
     yield cluster
     cluster.shutdown()

@@ -113,9 +113,7 @@ def _dispatch(arguments: list[str]) -> int:
 
 def _say(error: MemmetaError) -> int:
     from .compute import TaskFailed
-    from .jobs import JobFailed
-    from .node import NodeFailed
-    from .train import Interrupted, RunFailed
+    from .failures import Interrupted, JobFailed, NodeFailed, RunFailed
 
     if isinstance(error, Interrupted):
         sys.stderr.write(f"memmeta: {_one_line(error)}\n")

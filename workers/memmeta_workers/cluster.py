@@ -60,7 +60,7 @@ def connected(address: str, cpus: int, namespace: str, output: bool = False) -> 
     with contextlib.ExitStack() as stack:
         if where is None:
             cores = max(cpus, os.cpu_count() or 1)
-            folder = stack.enter_context(_temporary())
+            folder = stack.enter_context(temporary_folder())
             stack.callback(ray.shutdown)
             with _one_line("local"), _own_signals():
                 ray.init(address="local", num_cpus=cores, include_dashboard=False, _temp_dir=folder, **options)
@@ -95,7 +95,7 @@ def _named(address: str) -> str | None:
     if named == "local":
         return None
     named = None if named in ("auto", "") else named
-    found = named or _started_here()
+    found = named or started_here()
     if found is None or answers(found):
         return found
     if not named:
@@ -106,7 +106,7 @@ def _named(address: str) -> str | None:
     )
 
 
-def _started_here() -> str | None:
+def started_here() -> str | None:
     """The address that ``ray start`` on this machine has left. Asking Ray itself ("auto") might find the private
     cluster of another run too."""
     base = os.environ.get("RAY_TMPDIR") or ("/tmp" if sys.platform.startswith("linux") else tempfile.gettempdir())
@@ -185,8 +185,8 @@ def _first_line(error: Exception) -> str:
 
 
 @contextlib.contextmanager
-def _temporary() -> Iterator[str]:
-    """A short folder for a private cluster's sockets and logs; removed, and those of runs that were killed too."""
+def temporary_folder() -> Iterator[str]:
+    """A short folder for Ray's sockets and logs; removed, and those of runs that were killed too."""
     base = Path(tempfile.gettempdir())
     if len(str(base)) > 20 and sys.platform != "win32":
         base = Path("/tmp")

@@ -14,7 +14,7 @@ from jsonargparse import Namespace
 
 from memmeta.errors import InputError
 
-from . import cli, commands
+from . import cli, commands, nodes
 from .experiment import ExperimentFile
 from .order import Order
 
@@ -36,24 +36,33 @@ def job(argv: Sequence[str]) -> int:
     folder = order.folder()
 
     def before(file: ExperimentFile, values: Namespace) -> None:
-        there = _look(file, folder, order.shared_run_dir) if values.workers != "0" else "the head alone"
+        there = _look(file, folder, order) if values.workers != "0" else "the head alone"
         print(f"{CHECKED}{there}; run folder: {folder}", flush=True)
 
-    return commands.train([*argv, "--run-dir", str(folder)], before=before, again=order.again)
+    try:
+        return commands.train([*argv, "--run-dir", str(folder)], before=before, again=order.again)
+    except InputError as error:
+        if isinstance(error.__cause__, ModuleNotFoundError):
+            raise InputError(
+                f"module {error.__cause__.name} is missing on the cluster's head ({order.experiment} imports it): "
+                "install it on every node, or put it in the folder that is shipped (--working-dir)"
+            ) from error
+        raise
 
 
-def _look(file: ExperimentFile, folder: Path, shared: bool) -> str:
-    """All nodes, in a few words.
+def _look(file: ExperimentFile, folder: Path, order: Order) -> str:
+    """All nodes, in a few words; a node that does not answer is told of, and is no reason not to begin.
 
     Raises:
-        InputError: what is wrong with them.
+        InputError: what is wrong with those that answer.
     """
-    from . import nodes
-
     reports = nodes.survey(sorted(imported(file.path, Path.cwd())), str(folder.parent))
-    if wrong := nodes.problems(reports, shared=shared):
+    answering = [report for report in reports if report.facts is not None] or reports
+    if wrong := nodes.problems(answering, shared=order.shared_run_dir, any_version=order.any_version):
         raise InputError("; ".join(wrong))
-    return f"{len(reports)} node{'s' if len(reports) > 1 else ''}"
+    for line in nodes.problems([report for report in reports if report.facts is None]):
+        print(f"memmeta: note: {line}", flush=True)
+    return f"{len(answering)} node{'s' if len(answering) > 1 else ''}"
 
 
 def imported(path: Path, root: Path) -> set[str]:

@@ -21,8 +21,9 @@ from memmeta.errors import InputError
 from . import packing
 from .commands import plot
 from .delivery import PARCEL, Parcel
+from .failures import JobFailed
 from .job import CHECKED, STOP_SECONDS
-from .jobs import KIND, Job, JobFailed, Jobs, clock
+from .jobs import KIND, Job, Jobs, clock
 from .options import Parser
 from .order import Order
 from .progress import PlainDisplay, duration, in_bytes

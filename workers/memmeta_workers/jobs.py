@@ -18,6 +18,7 @@ from urllib.parse import urlsplit
 from memmeta.errors import InputError, MemmetaError
 
 from . import access
+from .failures import JobFailed
 
 DEFAULT_ADDRESS = "http://127.0.0.1:8265"
 # Metadata of jobs that memmeta has submitted: what they do.
@@ -28,10 +29,6 @@ _SECONDS = 15.0
 _RAYS_WORDS = re.compile(
     r"\d{4}-\d\d-\d\d .*(Runtime env is setting up\.|Connect\w+ to .*Ray cluster.*)|Running entrypoint for job .*"
 )
-
-
-class JobFailed(MemmetaError):
-    """A job that ended badly, or a cluster that went away; the message says why."""
 
 
 @dataclass(frozen=True)
@@ -148,7 +145,8 @@ class Jobs:
 
         with self._errors():
             client = JobSubmissionClient(self.url)
-        logging.getLogger("ray.dashboard").setLevel(logging.WARNING)
+        for name in ("dashboard_sdk", "job.sdk"):
+            logging.getLogger(f"ray.dashboard.modules.{name}").setLevel(logging.WARNING)
         return client
 
     def nodes(self) -> list[ClusterNode]:

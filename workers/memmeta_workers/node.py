@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import signal
 import socket
 import subprocess
 import sys
@@ -16,27 +17,23 @@ from pathlib import Path
 
 from jsonargparse import Namespace
 
-from memmeta.errors import InputError, MemmetaError
+from memmeta.errors import InputError
 
 from . import access
-from .cluster import answers
+from .cluster import answers, started_here, temporary_folder
+from .failures import NodeFailed
 from .options import COUNT, NUMBER, Parser
 from .signals import StopSignals
 
 PORT, DASHBOARD_PORT = 6379, 8265
 _STARTED, _ADDRESS = "Ray runtime started", re.compile(r"Local node IP: (\S+)")
-_START_SECONDS, _STOP_SECONDS = 90.0, 40.0
+_START_SECONDS, _STOP_SECONDS, _SWEEP_SECONDS = 90.0, 35.0, 3.0
 # What Ray says when a node can't start, and what it comes down to.
 _REASONS = {
     "ersion mismatch": "its versions of Ray and Python are others than here: install the head's",
-    "nvalid authentication token": "it refuses the token",
-    "uthentication": "it refuses the token",
+    "uthentication": "the head refuses the token found here: it is another cluster's; copy the head's",
     "already running": "a node of that cluster is running here already",
 }
-
-
-class NodeFailed(MemmetaError):
-    """A node that could not start, or that ended by itself."""
 
 
 class Node:
@@ -45,9 +42,11 @@ class Node:
     Args:
         options: of ``ray start``.
         environment: of the process.
+        head: address of the head that it joins.
     """
 
-    def __init__(self, options: Sequence[str], environment: dict[str, str]) -> None:
+    def __init__(self, options: Sequence[str], environment: dict[str, str], head: str | None = None) -> None:
+        self._head = head
         command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--block", "--disable-usage-stats"]
         self._process = subprocess.Popen(
             [*command, "--log-color", "false", *options],
@@ -100,14 +99,38 @@ class Node:
         """Whether it has ended."""
         return self._process.poll() is not None
 
-    def close(self) -> None:
-        """Ends the node and its processes; what does not end in time is killed."""
+    def ask_to_end(self) -> None:
+        """Lets it begin to end."""
         if not self.ended():
             self._process.terminate()
+
+    def close(self) -> None:
+        """Ends the node and its processes; what does not end in time is killed."""
+        self.ask_to_end()
+        # It hands over what it has to the head first. Without one, it would wait for it.
+        seconds = _STOP_SECONDS if self._head is None or answers(self._head) else _SWEEP_SECONDS
         with contextlib.suppress(subprocess.TimeoutExpired):
-            self._process.wait(_STOP_SECONDS)
-        self._process.kill()
+            self._process.wait(seconds)
+        # Some of Ray's processes take a little longer, and a node whose head has gone leaves its agents behind.
+        deadline = time.monotonic() + _SWEEP_SECONDS
+        while _of_session(self._process.pid) and time.monotonic() < deadline:
+            time.sleep(0.1)
+        for process in _of_session(self._process.pid):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(process, signal.SIGKILL)
         self._process.wait()
+
+
+def _of_session(session: int) -> list[int]:
+    """The processes of a session, from /proc; none where there is no /proc."""
+    found = []
+    for entry in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError, ValueError, IndexError):
+            # After the name, which may hold anything: state, parent, group, session.
+            state, _, _, its = entry.joinpath("stat").read_text().rpartition(")")[2].split()[:4]
+            if int(its) == session and state != "Z":
+                found.append(int(entry.name))
+    return found
 
 
 def node(argv: Sequence[str]) -> int:
@@ -132,7 +155,10 @@ def node(argv: Sequence[str]) -> int:
             # One after the other: two that start at once on one machine take the same sockets.
             first = values.head and index == 0
             options = _head(values) if first else _join(values, head=nodes[0].address if values.head else None)
-            nodes.append(Node(options, environment))
+            if not first and _crowded():
+                # Nodes that share a folder replace each other's copies of what is shipped, under the jobs' feet.
+                options += ["--temp-dir", held.enter_context(temporary_folder())]
+            nodes.append(Node(options, environment, None if values.head else values.join))
             held.callback(nodes[-1].close)
             nodes[-1].await_ready(stop)
         if not stop.requested:
@@ -142,6 +168,8 @@ def node(argv: Sequence[str]) -> int:
             for one in nodes:
                 if one.ended():
                     raise NodeFailed(f"the node has ended by itself: {one.reason()}")
+        for one in nodes[1:] if values.head else nodes:
+            one.ask_to_end()
     sys.stderr.write("memmeta: the node has ended\n")
     return 0
 
@@ -190,7 +218,8 @@ def _environment(values: Namespace) -> dict[str, str]:
     own = dict(os.environ)
     # Jobs are started with "python": this one.
     own["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), own.get("PATH", os.defpath)])
-    own.update(RAY_USAGE_STATS_ENABLED="0")
+    # No port for the dashboard's own figures, which asks for no token.
+    own.update(RAY_USAGE_STATS_ENABLED="0", DASHBOARD_METRIC_PORT="-1")
     if values.insecure:
         own[access.MODE] = "disabled"
         return own
@@ -212,6 +241,12 @@ def _environment(values: Namespace) -> dict[str, str]:
     return own
 
 
+def _crowded() -> bool:
+    """Whether another node is running on this machine."""
+    here = started_here()
+    return here is not None and answers(here)
+
+
 def _shared(values: Namespace) -> list[str]:
     """Options of every node."""
     options: list[str] = []
@@ -226,7 +261,8 @@ def _shared(values: Namespace) -> list[str]:
 
 def _head(values: Namespace) -> list[str]:
     dashboard = ["--dashboard-host", values.dashboard_host, "--dashboard-port", str(values.dashboard_port)]
-    return ["--head", "--port", str(values.port), *dashboard, *_shared(values)]
+    # The monitor starts and ends cloud machines, which nobody here does; its port would ask for no token.
+    return ["--head", "--no-monitor", "--port", str(values.port), *dashboard, *_shared(values)]
 
 
 def _join(values: Namespace, head: str | None) -> list[str]:

@@ -101,8 +101,12 @@ class Order:
 
     def folder(self) -> Path:
         """The run's folder on this machine: below ``$MEMMETA_RUNS``, or ``~/memmeta-runs``, unless it is absolute."""
-        root = Path(os.environ.get(ROOT) or _USUAL_ROOT).expanduser()
-        return root.absolute() / Path(self.run_dir).expanduser()
+        return runs_root() / Path(self.run_dir).expanduser()
+
+
+def runs_root() -> Path:
+    """Where relative run folders of jobs lie on this machine: ``$MEMMETA_RUNS``, or ``~/memmeta-runs``; absolute."""
+    return Path(os.environ.get(ROOT) or _USUAL_ROOT).expanduser().absolute()
 
 
 def commit_of(folder: Path) -> str:

@@ -22,8 +22,9 @@ from jsonargparse import Namespace
 from memmeta.errors import InputError
 
 from . import checking, packing
+from .failures import JobFailed
 from .job import CHECKED, STOP_SECONDS
-from .jobs import ClusterNode, Job, JobFailed, Jobs
+from .jobs import ClusterNode, Job, Jobs
 from .options import COUNT, Parser, find_file
 from .order import Order, commit_of
 from .policies import Crew
@@ -177,7 +178,7 @@ def _pack(folder: Path, values: Namespace, archive: Path) -> None:
     packing.pack(contents, archive)
     count = len(contents.files)
     _say(
-        f"shipped: {count} file{'s' if count > 1 else ''} of {folder}, {in_bytes(contents.bytes)} "
+        f"to ship: {count} file{'s' if count > 1 else ''} of {folder}, {in_bytes(contents.bytes)} "
         f"({in_bytes(archive.stat().st_size)} packed)"
     )
     for left in contents.left_out:
@@ -268,7 +269,7 @@ def asked(facts: Mapping[str, Any], cluster: Sequence[ClusterNode]) -> Asked:
     if gpus is None:
         gpus = 1.0 if facts["device"] == "cuda" or (facts["device"] == "auto" and has) else 0.0
     many = int(has // gpus) if gpus else sum(node.cpus >= 1 for node in cluster)
-    crew = Crew.parse(facts["workers"]) or Crew(max(1, many), max(1, many))
+    crew = Crew.parse(facts["workers"]) or Crew(1, max(1, many))
     most = int(max((node.cpus for node in cluster), default=1))
     fitting = (cpus for cpus in range(most, 0, -1) if room(cluster, cpus, gpus) >= crew.most)
     return Asked(crew, facts["threads"] or next(fitting, 1), gpus)

@@ -21,6 +21,7 @@ from .compute import SourceName, check_tasks
 from .coordinator import Coordinator, ServerLost, StepRecord, StopRequested
 from .encoding import encode
 from .experiment import Experiment
+from .failures import Interrupted, RunFailed
 from .footprint import Footprint, measure
 from .local import parameters_on_cpu
 from .policies import Limits, Verdict
@@ -30,14 +31,6 @@ from .stores import LocalStore, Store, open_store
 from .update import OuterUpdate
 
 Result = TypeVar("Result")
-
-
-class RunFailed(MemmetaError):
-    """A run that began and could not go on; the message says why, and what is left."""
-
-
-class Interrupted(MemmetaError):
-    """A run that was stopped, after its checkpoint was written; the message says how to go on."""
 
 
 @dataclass
