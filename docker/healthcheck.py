@@ -13,7 +13,8 @@ from pathlib import Path
 
 HEAD = "http://127.0.0.1:8265/api/gcs_healthz"
 OTHER = "http://127.0.0.1:{port}/api/local_raylet_healthz"
-SESSIONS = Path("/tmp/ray")
+# Ray's folders: that of memmeta node, and that of ray start.
+FOLDERS = Path("/tmp")
 PORT = 52365
 SECONDS = 4.0
 
@@ -27,7 +28,9 @@ def address(command: list[str]) -> str | None:
 
 def _port() -> int:
     """Where the node's agent listens: a node that joins may let it choose, and Ray writes down what it chose."""
-    files = sorted(SESSIONS.glob("session_2*/dashboard_agent_listen_port_*"), key=lambda file: file.stat().st_mtime)
+    name = "session_2*/dashboard_agent_listen_port_*"
+    found = [*FOLDERS.glob(f"mn-*/r/{name}"), *FOLDERS.glob(f"ray/{name}")]
+    files = sorted(found, key=lambda file: file.stat().st_mtime)
     text = files[-1].read_text(encoding="utf-8").strip() if files else ""
     return int(text) if text.isdecimal() else PORT
 

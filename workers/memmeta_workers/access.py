@@ -50,13 +50,13 @@ def find_token(environ: Mapping[str, str] = os.environ) -> Token | None:
     ``~/.ray/auth_token``; ``None`` if there is none.
 
     Raises:
-        InputError: a token is named that can't be read, or is empty.
+        InputError: a token is named that can't be read, is empty, or can't be one.
     """
     if TOKEN in environ:
         value = environ[TOKEN].strip()
         if not value:
             raise InputError(f"{TOKEN} is empty: write the cluster's token there, or unset it")
-        return Token(value, TOKEN)
+        return _token(value, TOKEN)
     named = environ.get(TOKEN_PATH)
     path = Path(named).expanduser() if named else default_path(environ)
     try:
@@ -69,7 +69,14 @@ def find_token(environ: Mapping[str, str] = os.environ) -> Token | None:
         raise InputError(f"the token in {path} can't be read: {error}; correct the file or its rights") from error
     if not value:
         raise InputError(f"{path} is empty: write the cluster's token there, or remove the file")
-    return Token(value, str(path), path)
+    return _token(value, str(path), path)
+
+
+def _token(value: str, source: str, path: Path | None = None) -> Token:
+    # Others can't be sent, and what refuses to send them quotes them.
+    if not all("!" <= letter <= "~" for letter in value):
+        raise InputError(f"the token in {source} is not one word of plain letters and digits: copy the head's token")
+    return Token(value, source, path)
 
 
 def make_token(path: Path) -> Token:

@@ -46,7 +46,7 @@ def check(argv: Sequence[str]) -> int:
     check_tasks(experiment, OuterUpdate(parameters_on_cpu(experiment.learner), experiment.outer).sums_layout)
     facts: dict[str, Any] = {option: values[option] for option in OPTIONS}
     facts.update(steps=experiment.steps, sha256=file.sha256, seconds=time.perf_counter() - began)
-    print(FACTS + json.dumps(facts, default=str))
+    print(f"\n{FACTS}{json.dumps(facts, default=str)}")  # what the experiment prints may not end its line
     return 0
 
 

@@ -21,7 +21,7 @@ from memmeta.errors import InputError
 from . import access
 
 # Short: the names of Ray's sockets must fit in about 100 characters.
-_PREFIX = "mm-"
+PRIVATE, OF_NODES = "mm-", "mn-"
 
 
 @dataclass(frozen=True)
@@ -107,13 +107,16 @@ def _named(address: str) -> str | None:
 
 
 def started_here() -> str | None:
-    """The address that ``ray start`` on this machine has left. Asking Ray itself ("auto") might find the private
-    cluster of another run too."""
-    base = os.environ.get("RAY_TMPDIR") or ("/tmp" if sys.platform.startswith("linux") else tempfile.gettempdir())
-    try:
-        return Path(base, "ray", "ray_current_cluster").read_text(encoding="utf-8").strip() or None
-    except OSError:
-        return None
+    """The address that ``memmeta node`` or ``ray start`` has left on this machine.
+
+    Asking Ray itself ("auto") might find the private cluster of another run too.
+    """
+    base = Path(os.environ.get("RAY_TMPDIR") or ("/tmp" if sys.platform.startswith("linux") else tempfile.gettempdir()))
+    for left in [*base.glob(f"{OF_NODES}*-*/r/ray_current_cluster"), base / "ray" / "ray_current_cluster"]:
+        with contextlib.suppress(OSError):
+            if address := left.read_text(encoding="utf-8").strip():
+                return address
+    return None
 
 
 def answers(address: str) -> bool:
@@ -185,17 +188,29 @@ def _first_line(error: Exception) -> str:
 
 
 @contextlib.contextmanager
-def temporary_folder() -> Iterator[str]:
-    """A short folder for Ray's sockets and logs; removed, and those of runs that were killed too."""
-    base = Path(tempfile.gettempdir())
+def temporary_folder(prefix: str = PRIVATE, keep_failed: bool = False) -> Iterator[str]:
+    """A short folder for Ray's sockets, logs and shipped code, that only this user can enter.
+
+    It is removed at the end, and those of processes that were killed are removed too. Ray opens its own folder to all
+    users of the machine: so it is one inside.
+
+    Args:
+        prefix: of its name.
+        keep_failed: leave it where it is after an exception, for its logs, until the next one is made.
+    """
+    base = Path(os.environ.get("RAY_TMPDIR") or tempfile.gettempdir())
     if len(str(base)) > 20 and sys.platform != "win32":
         base = Path("/tmp")
-    for old in base.glob(f"{_PREFIX}*-*"):
-        process = old.name[len(_PREFIX) :].partition("-")[0]
+    for old in [*base.glob(f"{PRIVATE}*-*"), *base.glob(f"{OF_NODES}*-*")]:
+        process = old.name.partition("-")[2].partition("-")[0]
         if process.isdecimal() and not Path("/proc", process).exists() and Path("/proc").is_dir():
             shutil.rmtree(old, ignore_errors=True)
-    folder = tempfile.mkdtemp(prefix=f"{_PREFIX}{os.getpid()}-", dir=base)
+    folder = Path(tempfile.mkdtemp(prefix=f"{prefix}{os.getpid()}-", dir=base))
+    (folder / "r").mkdir()
     try:
-        yield folder
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
+        yield str(folder / "r")
+    except BaseException:
+        if not keep_failed:
+            shutil.rmtree(folder, ignore_errors=True)
+        raise
+    shutil.rmtree(folder, ignore_errors=True)

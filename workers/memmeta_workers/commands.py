@@ -19,7 +19,7 @@ from . import checkpoints, devices
 from .experiment import Experiment, ExperimentFile, load
 from .local import local
 from .options import COUNT, Parser, check_required, find_file, parameters, train_parser
-from .progress import Display, display, in_bytes, show
+from .progress import PLAIN_SECONDS, Display, display, in_bytes, show
 from .recipe import built, from_values
 from .runs import Config, RunFolder, default_folder, make_config
 from .signals import StopSignals
@@ -34,7 +34,10 @@ def _nothing(file: ExperimentFile, values: Namespace) -> None:
 
 
 def train(
-    argv: Sequence[str], before: Callable[[ExperimentFile, Namespace], None] = _nothing, again: str | None = None
+    argv: Sequence[str],
+    before: Callable[[ExperimentFile, Namespace], None] = _nothing,
+    again: str | None = None,
+    every: float = PLAIN_SECONDS,
 ) -> int:
     """``memmeta train FILE.py``: returns the exit code.
 
@@ -42,6 +45,7 @@ def train(
         argv: the arguments.
         before: called when the cluster, if there is one, is there, and nothing else has been done.
         again: the command that goes on with the run, for the user; this one if not given.
+        every: seconds after which, outside a terminal, there is a new line of progress.
 
     Raises:
         InputError: bad input; nothing was written.
@@ -66,7 +70,7 @@ def train(
         values = _resumed(parser, argv, file, stored)
     place = None if values.checkpoints is None else absolute(values.checkpoints)
     check_required(file, values)
-    shown = display(_console())
+    shown = display(_console(), every)
     with contextlib.ExitStack() as stack:
         signals = stack.enter_context(StopSignals())
         site = stack.enter_context(on_site(values, shown.note))
@@ -124,10 +128,16 @@ def evaluate(argv: Sequence[str]) -> int:
     parser.add("tasks", COUNT, "held-out tasks; the experiment's number if not given", metavar="N")
     parser.add("steps", COUNT, "inner steps; the experiment's number if not given", metavar="N")
     parser.add("device", Literal["auto", "cpu", "cuda"], "where to compute", default="auto")
+    text = "the experiment file, where it is elsewhere than when the run was made (a run that was fetched)"
+    parser.add("experiment", str | None, text, metavar="FILE")
     values = parser.parse(argv)
     folder = RunFolder(values.run_dir)
     config = folder.config()
-    file = load(config.experiment)
+    if values.experiment is None and not Path(config.experiment).exists():
+        raise InputError(
+            f"{config.experiment}, which made this run, is not here: name that file with --experiment FILE"
+        )
+    file = load(values.experiment or config.experiment)
     found = find(folder, values.checkpoint, f"memmeta evaluate {shlex.quote(values.run_dir)} --checkpoint")
     if found.experiment != config.sha256:
         raise InputError(

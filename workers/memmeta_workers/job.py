@@ -22,6 +22,8 @@ from .order import Order
 CHECKED = "checked on the cluster: "
 # How long a job that is asked to stop may take for its tasks under way and a checkpoint.
 STOP_SECONDS = 600
+# A line of progress at least so often, for those who follow.
+_EVERY = 10.0
 
 
 def job(argv: Sequence[str]) -> int:
@@ -40,7 +42,7 @@ def job(argv: Sequence[str]) -> int:
         print(f"{CHECKED}{there}; run folder: {folder}", flush=True)
 
     try:
-        return commands.train([*argv, "--run-dir", str(folder)], before=before, again=order.again)
+        return commands.train([*argv, "--run-dir", str(folder)], before=before, again=order.again, every=_EVERY)
     except InputError as error:
         if isinstance(error.__cause__, ModuleNotFoundError):
             raise InputError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -16,7 +17,7 @@ from typing import Any, Literal
 from jsonargparse import Namespace
 from rich.console import Console
 
-from memmeta.errors import InputError
+from memmeta.errors import InputError, MemmetaError
 
 from . import packing
 from .commands import plot
@@ -173,10 +174,13 @@ def fetch(argv: Sequence[str]) -> int:
     if parcel.left:
         shown.note(parcel.left)
     folder = RunFolder(target)
-    if not folder.picture_file.exists() and folder.metrics_file.exists():
-        return plot([str(target)])
     if folder.picture_file.exists():
         shown.note(f"picture: {folder.picture_file}")
+    else:
+        try:
+            plot([str(target)])
+        except InputError as error:  # no outer step yet, or no matplotlib: the rest is there
+            shown.note(f"no picture: {error}")
     return 0
 
 
@@ -206,7 +210,8 @@ def _brought(cluster: Jobs, order: Order, checkpoint: str) -> tuple[Parcel, Path
             archive.unlink(missing_ok=True)
             raise
     finally:
-        cluster.stop(job_id)
+        with contextlib.suppress(MemmetaError):  # it ends by itself
+            cluster.stop(job_id)
     return parcel, archive
 
 

@@ -8,6 +8,7 @@ import datetime
 import logging
 import os
 import re
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -108,6 +109,11 @@ class Jobs:
         parts = urlsplit(self.url)
         if access.is_local(parts.hostname or ""):
             return
+        if access.switched_off() and not self.insecure:
+            raise InputError(
+                f"{access.MODE}={os.environ[access.MODE]} sends no token to {self.url}, and a Ray cluster that asks "
+                "for none lets anyone who reaches it run any code: unset it, or add --insecure if its network is closed"
+            )
         if self._token is None and not self.insecure:
             raise InputError(
                 f"no token here for {self.url}: a Ray cluster that asks for none lets anyone who reaches it run any "
@@ -143,7 +149,7 @@ class Jobs:
     def _new_client(self) -> Any:
         from ray.job_submission import JobSubmissionClient
 
-        with self._errors():
+        with self._errors(), _not_elsewhere():
             client = JobSubmissionClient(self.url)
         for name in ("dashboard_sdk", "job.sdk"):
             logging.getLogger(f"ray.dashboard.modules.{name}").setLevel(logging.WARNING)
@@ -239,7 +245,7 @@ class Jobs:
             while True:
                 stream = self._client.tail_job_logs(job_id)
                 skip = seen
-                with contextlib.suppress(OSError, RuntimeError):
+                with contextlib.suppress(OSError, RuntimeError, asyncio.TimeoutError, _stream_error()):
                     while (chunk := loop.run_until_complete(_next(stream))) is not None:
                         fresh, skip = chunk[skip:], max(0, skip - len(chunk))
                         seen += len(fresh)
@@ -287,6 +293,7 @@ class Jobs:
                 headers=self._headers(),
                 stream=True,
                 timeout=(_SECONDS, 300),
+                allow_redirects=False,
             ) as answer,
         ):
             if answer.status_code != 200:
@@ -319,16 +326,17 @@ class Jobs:
             raise InputError(f"{self.url} is not the dashboard of a Ray cluster: write http://HEAD:8265") from error
 
     def _refused(self, code: int) -> None:
-        if code == 401 or (code == 403 and self._token is None):
+        if code not in (401, 403):
+            return
+        if self._token is None:
             raise InputError(
                 f"the cluster at {self.url} asks for a token, and there is none here: copy the head's token to "
                 f"{access.default_path()} (chmod 600), or set {access.TOKEN}"
             )
-        if code == 403 and self._token is not None:
-            raise InputError(
-                f"the cluster at {self.url} refuses the token in {self._token.source}: it is another cluster's; copy "
-                "this head's"
-            )
+        raise InputError(
+            f"the cluster at {self.url} refuses the token in {self._token.source}: it is another cluster's; copy this "
+            "head's"
+        )
 
     @contextlib.contextmanager
     def _errors(self, job_id: str | None = None) -> Iterator[None]:
@@ -344,13 +352,15 @@ class Jobs:
                 f"no Ray cluster answers at {self.url}: start one (memmeta node --head), or correct --address "
                 "(http://HEAD:8265); from outside its network, open a tunnel (ssh -L 8265:127.0.0.1:8265 HEAD)"
             ) from error
-        except RuntimeError as error:
+        except (requests.exceptions.ChunkedEncodingError, requests.exceptions.ContentDecodingError) as error:
+            raise JobFailed(f"the answer of the cluster at {self.url} was cut short: try again") from error
+        except _refusals() as error:
             self._explain(str(error), job_id)
             raise JobFailed(f"the cluster at {self.url} refuses: {_first_line(error)}") from error
 
     def _explain(self, text: str, job_id: str | None) -> None:
-        for code in (401, 403):
-            if f"status code {code}" in text:
+        for code, words in ((401, "Authentication required"), (403, "Authentication failed")):
+            if f"status code {code}" in text or text.startswith(words):
                 self._refused(code)
         if job_id is None:
             return
@@ -375,19 +385,50 @@ async def _next(stream: Any) -> str | None:
         return None
 
 
+def _stream_error() -> type[Exception]:
+    """What a broken stream of Ray's client raises, beside ``OSError``."""
+    from aiohttp import ClientError
+
+    return ClientError
+
+
+def _refusals() -> tuple[type[Exception], ...]:
+    """What Ray's client raises, if it has been imported."""
+    ray = sys.modules.get("ray.exceptions")
+    return (RuntimeError,) if ray is None else (RuntimeError, ray.AuthenticationError)
+
+
+@contextlib.contextmanager
+def _not_elsewhere() -> Iterator[None]:
+    """Without the variables that Ray's client would go by rather than by the address that it is given."""
+    names = ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS")
+    before = {name: os.environ.pop(name) for name in names if name in os.environ}
+    try:
+        yield
+    finally:
+        os.environ.update(before)
+
+
 def _url(address: str) -> str:
     if "://" not in address:
         address = f"http://{address}"
-    parts = urlsplit(address)
     try:
+        parts = urlsplit(address)
         port = parts.port
-    except ValueError:
-        port = None
-    if parts.scheme not in ("http", "https") or not parts.hostname or parts.username or parts.password:
-        raise InputError(f"--address {address}: write the address of the cluster's dashboard, http://HEAD:8265")
+    except ValueError as error:
+        raise InputError(
+            f"--address {_shown(address)}: write the address of the cluster's dashboard, http://HEAD:8265"
+        ) from error
+    if parts.scheme not in ("http", "https") or not parts.hostname or "@" in parts.netloc:
+        raise InputError(f"--address {_shown(address)}: write the address of the cluster's dashboard, http://HEAD:8265")
     if port == 6379:
         raise InputError(f"--address {address}: jobs go to the cluster's dashboard: http://{parts.hostname}:8265")
-    return address.rstrip("/")
+    return f"{parts.scheme}{address[len(parts.scheme) :]}".rstrip("/")
+
+
+def _shown(address: str) -> str:
+    """An address without user and password."""
+    return re.sub(r"//.*@", "//", address)
 
 
 def _job(details: Any) -> Job:

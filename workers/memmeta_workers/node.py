@@ -20,7 +20,7 @@ from jsonargparse import Namespace
 from memmeta.errors import InputError
 
 from . import access
-from .cluster import answers, started_here, temporary_folder
+from .cluster import OF_NODES, answers, temporary_folder
 from .failures import NodeFailed
 from .options import COUNT, NUMBER, Parser
 from .signals import StopSignals
@@ -119,6 +119,9 @@ class Node:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(process, signal.SIGKILL)
         self._process.wait()
+        self._reader.join(2.0)
+        if self._process.stdout is not None and not self._reader.is_alive():
+            self._process.stdout.close()
 
 
 def _of_session(session: int) -> list[int]:
@@ -155,9 +158,9 @@ def node(argv: Sequence[str]) -> int:
             # One after the other: two that start at once on one machine take the same sockets.
             first = values.head and index == 0
             options = _head(values) if first else _join(values, head=nodes[0].address if values.head else None)
-            if not first and _crowded():
-                # Nodes that share a folder replace each other's copies of what is shipped, under the jobs' feet.
-                options += ["--temp-dir", held.enter_context(temporary_folder())]
+            # One for each: nodes that share a folder replace each other's copies of what is shipped, under the jobs'
+            # feet; and Ray's usual one can be written by every user of the machine.
+            options += ["--temp-dir", held.enter_context(temporary_folder(OF_NODES, keep_failed=True))]
             nodes.append(Node(options, environment, None if values.head else values.join))
             held.callback(nodes[-1].close)
             nodes[-1].await_ready(stop)
@@ -239,12 +242,6 @@ def _environment(values: Namespace) -> dict[str, str]:
         access.make_token(path)
     own[access.MODE] = "token"
     return own
-
-
-def _crowded() -> bool:
-    """Whether another node is running on this machine."""
-    here = started_here()
-    return here is not None and answers(here)
 
 
 def _shared(values: Namespace) -> list[str]:

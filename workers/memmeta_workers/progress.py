@@ -19,7 +19,7 @@ from .coordinator import StepRecord
 from .dispatch import WorkerStatus
 
 PLAIN_LINES = 20
-_PLAIN_SECONDS = 60.0
+PLAIN_SECONDS = 60.0
 
 
 def in_bytes(count: float) -> str:
@@ -91,7 +91,11 @@ class Display(abc.ABC):
 
 
 class PlainDisplay(Display):
-    """About ``PLAIN_LINES`` lines over the whole run, and at least one a minute."""
+    """About ``PLAIN_LINES`` lines over the whole run, and one after ``seconds`` without any."""
+
+    def __init__(self, console: Console, seconds: float = PLAIN_SECONDS) -> None:
+        super().__init__(console)
+        self._seconds = seconds
 
     def start(self, step: int, steps: int) -> None:
         self._steps, self._every = steps, max(1, steps // PLAIN_LINES)
@@ -101,7 +105,7 @@ class PlainDisplay(Display):
     def step(self, record: StepRecord) -> None:
         now = time.monotonic()
         due = record.step % self._every == 0 or record.step in (self._first + 1, self._steps)
-        if not due and now - self._last < _PLAIN_SECONDS:
+        if not due and now - self._last < self._seconds:
             return
         self._last = now
         values = ", ".join(_change(name, record.values) for name in metric_names(record.values))
@@ -175,9 +179,9 @@ class LiveDisplay(Display):
         self._live.stop()
 
 
-def display(console: Console) -> Display:
-    """The live display in a terminal, plain lines elsewhere."""
-    return LiveDisplay(console) if console.is_terminal else PlainDisplay(console)
+def display(console: Console, seconds: float = PLAIN_SECONDS) -> Display:
+    """The live display in a terminal; elsewhere plain lines, at least one in so many seconds."""
+    return LiveDisplay(console) if console.is_terminal else PlainDisplay(console, seconds)
 
 
 def _change(name: str, values: Mapping[str, float]) -> str:

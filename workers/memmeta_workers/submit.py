@@ -34,7 +34,8 @@ _STRETCH = 30 * 24 * 3600
 _MEGABYTE = 1_000_000
 ERROR = "memmeta: error: "
 _NO_MEMMETA = re.compile(
-    r"No module named '?(memmeta|ray|torch|jsonargparse|yaml|rich|safetensors)|python: (command )?not found"
+    r"No module named '?(memmeta|memmeta_workers|ray|torch|jsonargparse|yaml|rich|safetensors)\b"
+    r"|python: (command )?not found"
 )
 
 
@@ -268,7 +269,7 @@ def asked(facts: Mapping[str, Any], cluster: Sequence[ClusterNode]) -> Asked:
     gpus = facts["gpus_per_worker"]
     if gpus is None:
         gpus = 1.0 if facts["device"] == "cuda" or (facts["device"] == "auto" and has) else 0.0
-    many = int(has // gpus) if gpus else sum(node.cpus >= 1 for node in cluster)
+    many = room(cluster, 1, gpus) if gpus else sum(node.cpus >= 1 for node in cluster)
     crew = Crew.parse(facts["workers"]) or Crew(1, max(1, many))
     most = int(max((node.cpus for node in cluster), default=1))
     fitting = (cpus for cpus in range(most, 0, -1) if room(cluster, cpus, gpus) >= crew.most)
@@ -317,7 +318,9 @@ def _again(name: str, argv: Sequence[str], run_dir: str) -> str:
             skip = not skip and "=" not in word
             continue
         kept.append(word)
-    resumed = [word for i, word in enumerate(rest) if not word.startswith("--resume") and not _value_of_resume(rest, i)]
+    resumed = [
+        word for i, word in enumerate(rest) if word.partition("=")[0] != "--resume" and not _value_of_resume(rest, i)
+    ]
     return shlex.join(["memmeta", "submit", *resumed, *kept, "--run-dir", run_dir, "--resume"])
 
 
