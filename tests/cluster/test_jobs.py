@@ -20,6 +20,7 @@ import pytest
 import sabotage
 from run_contents import contents
 
+from memmeta_workers.job import CHECKED
 from memmeta_workers.runs import RunFolder
 
 pytestmark = pytest.mark.cluster
@@ -37,6 +38,7 @@ class Desk:
     home: Path
     work: Path
     url: str
+    head: str
 
     def environment(self, **more: str) -> dict[str, str]:
         kept = {name: value for name, value in os.environ.items() if not name.startswith(("RAY_", "MEMMETA_"))}
@@ -101,7 +103,7 @@ def desk() -> Iterator[Desk]:
         home = Path(folder)
         (home / "work").mkdir()
         (home / "work" / "waves.py").write_text(sabotage.EXPERIMENT, encoding="utf-8")
-        desk = Desk(home, home / "work", f"http://127.0.0.1:{dashboard}")
+        desk = Desk(home, home / "work", f"http://127.0.0.1:{dashboard}", f"127.0.0.1:{port}")
 
         def node(*words: object) -> subprocess.Popen[str]:
             process = desk.start("node", "--cpus", "1", *words)
@@ -111,7 +113,7 @@ def desk() -> Iterator[Desk]:
             return process
 
         node("--head", "--port", port, "--dashboard-port", dashboard)
-        node("--join", f"127.0.0.1:{port}", "--nodes", 2)
+        node("--join", desk.head, "--nodes", 2)
         yield desk
 
 
@@ -275,6 +277,29 @@ def test_what_can_t_be_is_one_line(desk: Desk, words: list[str], text: str) -> N
     [line] = [line for line in done.stderr.splitlines() if line.startswith("memmeta: error:")]
     assert text in line
     assert "Traceback" not in done.stderr + done.stdout
+
+
+@pytest.mark.usefixtures("nothing_left")
+def test_a_job_waits_for_nodes_where_told(desk: Desk, undisturbed: Command) -> None:
+    waiting = desk.start(
+        "submit", "waves.py", "--address", desk.url, "--threads", 1, "--run-dir", "waits", "--job-id", "waits",
+        "--workers", "4:4", "--wait", "--follow",
+    )  # fmt: skip
+    while desk.run("status", "waits", "--address", desk.url).returncode or "CHECKED" not in _log(desk, "waits"):
+        assert waiting.poll() is None
+    assert RunFolder(desk.runs("waits")).metrics() == []
+    with ExitStack() as held:
+        more = desk.start("node", "--join", desk.head, "--cpus", "1")
+        held.callback(more.communicate, timeout=90)
+        held.callback(more.send_signal, signal.SIGINT)
+        ready(more)
+        _, err = waiting.communicate(timeout=120)
+        assert waiting.returncode == 0, err
+    assert contents(desk.runs("waits"), STEPS) == undisturbed()
+
+
+def _log(desk: Desk, job: str) -> str:
+    return desk.ask("logs", job).stdout.replace(CHECKED, "CHECKED")
 
 
 def test_unknown_jobs(desk: Desk) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import os
 import subprocess
@@ -20,9 +21,10 @@ from memmeta_workers.checkpoints import Extra
 from memmeta_workers.cluster import Connection
 from memmeta_workers.coordinator import Coordinator
 from memmeta_workers.local import LocalServer, LocalWorkers, local, parameters_on_cpu
+from memmeta_workers.options import train_parser
 from memmeta_workers.policies import Crew, Limits
 from memmeta_workers.service import Service
-from memmeta_workers.site import Site
+from memmeta_workers.site import Site, on_site
 from memmeta_workers.stores import LocalStore
 
 Command = Callable[..., Any]
@@ -59,7 +61,8 @@ def test_bad_options_are_one_line(memmeta: Command, waves: Path, here: Path, opt
     ("options", "gpus", "text"),
     [
         (["--device", "cuda"], 0.0, "--device cuda: the cluster has no GPU; write --device cpu"),
-        (["--gpus-per-worker", "1"], 0.0, "--gpus-per-worker 1: the workers compute on cpu; see --device"),
+        (["--gpus-per-worker", "1"], 0.0, "--gpus-per-worker 1: the cluster has no GPU; write --device cpu"),
+        (["--device", "cpu", "--gpus-per-worker", "1"], 2.0, "--gpus-per-worker 1: the workers compute on cpu"),
         (["--gpus-per-worker", "0"], 2.0, "--gpus-per-worker 0: the workers compute on cuda; see --device"),
         (["--gpus-per-worker", "1.5"], 4.0, "--gpus-per-worker 1.5: write a fraction up to 1, or a whole number"),
         (["--gpus-per-worker", "-1"], 4.0, "--gpus-per-worker -1"),
@@ -89,6 +92,30 @@ def test_gpus_that_are_not_there(
     assert done.code == 2
     assert text in done.err
     assert list(here.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("options", "gpus", "device", "each"),
+    [
+        ([], 0.0, "cpu", 0.0),
+        ([], 2.0, "cuda", 1.0),
+        (["--device", "cpu"], 2.0, "cpu", 0.0),
+        (["--gpus-per-worker", "0.5"], 1.0, "cuda", 0.5),
+        (["--patience", "5"], 0.0, "cpu", 0.0),
+        (["--patience", "5", "--device", "cuda"], 0.0, "cuda", 1.0),
+        (["--patience", "5", "--gpus-per-worker", "2"], 0.0, "cuda", 2.0),
+    ],
+)
+def test_gpus_that_are_there_or_waited_for(
+    waves: Path, monkeypatch: pytest.MonkeyPatch, options: list[str], gpus: float, device: str, each: float
+) -> None:
+    connection = contextlib.nullcontext(Connection(False, "a cluster", gpus))
+    monkeypatch.setattr("memmeta_workers.site.connected", lambda *arguments, **options: connection)
+    values = train_parser(load(waves)).parse([str(waves), "--workers", "2", *options])
+    with on_site(values, lambda text: None) as site:
+        assert site.service is not None
+        assert (site.device, site.service.gpus) == (device, each)
+        assert site.limits.patience == (5.0 if "--patience" in options else Limits().patience)
 
 
 def test_without_ray_it_says_what_to_install(waves: Path, here: Path) -> None:

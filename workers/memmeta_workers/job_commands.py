@@ -173,6 +173,8 @@ def fetch(argv: Sequence[str]) -> int:
     shown.note(f"fetched: {target}, {in_bytes(parcel.bytes)}")
     if parcel.left:
         shown.note(parcel.left)
+    if values.checkpoint != "none" and not parcel.left:
+        shown.note(f"to score it: memmeta evaluate {target} --experiment {Path(order.experiment).name}")
     folder = RunFolder(target)
     if folder.picture_file.exists():
         shown.note(f"picture: {folder.picture_file}")

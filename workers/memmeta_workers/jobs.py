@@ -24,6 +24,8 @@ from .failures import JobFailed
 DEFAULT_ADDRESS = "http://127.0.0.1:8265"
 # Metadata of jobs that memmeta has submitted: what they do.
 KIND = "memmeta"
+# What a path of the dashboard can hold.
+_NAME = re.compile(r"(?=.*\w)[\w.-]+", re.ASCII)
 ENDED = ("SUCCEEDED", "FAILED", "STOPPED")
 _SECONDS = 15.0
 # Ray's own words at the head of a job's log.
@@ -343,6 +345,8 @@ class Jobs:
         """What requests and Ray raise, as one line."""
         import requests
 
+        if job_id is not None and not _NAME.fullmatch(job_id):
+            raise InputError(f"{job_id!r} is no name of a job: write letters, digits, - and _")
         try:
             yield
         except (requests.exceptions.SSLError, requests.exceptions.InvalidURL) as error:
@@ -352,8 +356,12 @@ class Jobs:
                 f"no Ray cluster answers at {self.url}: start one (memmeta node --head), or correct --address "
                 "(http://HEAD:8265); from outside its network, open a tunnel (ssh -L 8265:127.0.0.1:8265 HEAD)"
             ) from error
-        except (requests.exceptions.ChunkedEncodingError, requests.exceptions.ContentDecodingError) as error:
-            raise JobFailed(f"the answer of the cluster at {self.url} was cut short: try again") from error
+        except (
+            requests.exceptions.ChunkedEncodingError,
+            requests.exceptions.ContentDecodingError,
+            requests.exceptions.JSONDecodeError,
+        ) as error:
+            raise JobFailed(f"the answer of the cluster at {self.url} came damaged or cut short: try again") from error
         except _refusals() as error:
             self._explain(str(error), job_id)
             raise JobFailed(f"the cluster at {self.url} refuses: {_first_line(error)}") from error

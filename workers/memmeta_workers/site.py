@@ -106,9 +106,7 @@ def on_site(values: Namespace, note: Callable[[str], None]) -> Iterator[Site]:
     threads = int(values.threads or max(1, (os.cpu_count() or 1) // crew.most))
     name = f"memmeta-{secrets.token_hex(4)}"
     with connected(values.address, crew.most * threads, name, output=values.worker_output) as connection:
-        # A cluster that grows may have none yet.
-        gpus = connection.gpus if values.patience is None else max(connection.gpus, values.gpus_per_worker or 0)
-        device = _device(values.device, gpus, told=values.patience is not None)
+        device = _device(values, connection.gpus)
         gpus = _gpus(values.gpus_per_worker, device)
         note(f"{crew} worker{'s' if crew.most > 1 else ''} on {connection.text}")
         yield Site(device, "cpu", threads, limits, Service(crew, threads, gpus, values.reduce, limits, name))
@@ -127,11 +125,16 @@ def _only_with_workers(values: Namespace) -> None:
         raise InputError(f"{option} is about worker processes: add --workers N, or leave {option} out")
 
 
-def _device(wanted: str, gpus: float, told: bool = False) -> str:
-    """That of the workers, on a cluster with so many GPUs; ``told`` to wait for more."""
-    if wanted == "cuda" and not gpus and not told:
-        raise InputError("--device cuda: the cluster has no GPU; write --device cpu, or name another --address")
-    return wanted if wanted != "auto" else ("cuda" if gpus else "cpu")
+def _device(values: Namespace, gpus: float) -> str:
+    """That of the workers, on a cluster with so many GPUs; one that was told to wait may get some yet."""
+    wanted, each = values.device, values.gpus_per_worker or 0
+    if not gpus and values.patience is None and (wanted == "cuda" or (wanted == "auto" and each > 0)):
+        option = "--device cuda" if wanted == "cuda" else f"--gpus-per-worker {each:g}"
+        raise InputError(
+            f"{option}: the cluster has no GPU; write --device cpu, name another --address, or add --patience SECONDS "
+            "to wait for nodes that have one"
+        )
+    return wanted if wanted != "auto" else ("cuda" if gpus or each > 0 else "cpu")
 
 
 def _gpus(wanted: float | None, device: str) -> float:
