@@ -257,9 +257,9 @@ def test_following_is_given_up_without_the_job(desk: Desk) -> None:
         (["--job-id", "first-id"], "there is a job first-id already"),
         (
             ["--device", "cuda"],
-            "1 worker of 1 CPU and 1 GPU do not fit: the cluster has 3 nodes, 3 CPUs, no GPU, room for 0",
+            "no room for 1 worker of 1 CPU and 1 GPU: the cluster has 3 nodes, 3 CPUs, no GPU, enough for 0",
         ),
-        (["--workers", "4:8"], "4:8 workers of 1 CPU do not fit"),
+        (["--workers", "4:8"], "no room for 4:8 workers of 1 CPU"),
         (["--run-dir", "taken"], "already holds a run: add --resume to go on with it"),
         (["--run-dir", "none-there", "--resume"], "holds no run"),
         (["--run-dir", "/proc/nowhere/run"], "/proc/nowhere can't be written"),
@@ -330,7 +330,7 @@ import sys
 from memmeta_workers.cli import guarded
 from memmeta_workers.jobs import Jobs
 from memmeta_workers.order import Order
-from memmeta_workers.submit import watch
+from memmeta_workers.watching import watch
 def main(argv):
     jobs = Jobs(argv[0])
     order = Order("waves.py", "", "versions", "again", **{argv[1]: "2.7.1"})

@@ -25,13 +25,15 @@ from hypothesis import strategies as st
 from memmeta.errors import InputError, MemmetaError
 from memmeta_workers import job as job_module
 from memmeta_workers import submit as module
+from memmeta_workers.capacity import Asked, asked, room, total
 from memmeta_workers.checking import FACTS
+from memmeta_workers.failures import JobFailed
 from memmeta_workers.job import CHECKED, imported
-from memmeta_workers.jobs import ClusterNode, Job, JobFailed
+from memmeta_workers.jobs import ClusterNode, Job
 from memmeta_workers.order import Order, commit_of
 from memmeta_workers.policies import Crew
 from memmeta_workers.runs import memmeta_version
-from memmeta_workers.submit import Asked, asked, outcome, room, total
+from memmeta_workers.watching import outcome
 
 Command = Callable[..., Any]
 
@@ -121,17 +123,23 @@ def test_files_are_named_as_in_the_shipped_folder(here: Path) -> None:
         ("exp.py --resume", {"resume": "last"}),
         ("exp.py --resume step-00000100 --steps 5", {"resume": "step-00000100"}),
         ("exp.py --resume --inner-lr 0.1 --patience 9", {"resume": "last", "patience": 9.0}),
+        ("exp.py --gpus_per_worker 2", {"gpus_per_worker": 2.0}),
+        ("exp.py --config some.yaml", {"workers": "3", "gpus_per_worker": 0.5}),
+        ("exp.py --config=some.yaml --workers 4", {"workers": "4", "gpus_per_worker": 0.5}),
         ("exp.py --checkpoints s3://bucket/run --run 5", {"checkpoints": "s3://bucket/run"}),
     ],
 )
-def test_what_can_be_known_without_the_experiment(words: str, changes: dict[str, Any]) -> None:
-    assert module._facts(shlex.split(words)) == wishes(**changes)
+def test_what_can_be_known_without_the_experiment(here: Path, words: str, changes: dict[str, Any]) -> None:
+    (here / "some.yaml").write_text("workers: 3\ngpus-per-worker: 0.5\ninner_lr: 0.1\n")
+    assert module._facts(shlex.split(words), here) == wishes(**changes)
 
 
 @pytest.mark.parametrize("words", ["--threads many", "--threads 1.5", "--gpus-per-worker=all", "--patience soon"])
-def test_what_is_no_number(words: str) -> None:
+def test_what_is_no_number(here: Path, words: str) -> None:
     option = words.replace("=", " ").split()[0]
-    assert refusal(lambda: module._facts(["exp.py", *words.split()])).startswith(f"option {option}: expected a number")
+    assert refusal(lambda: module._facts(["exp.py", *words.split()], here)).startswith(
+        f"option {option}: expected a number"
+    )
 
 
 # --- What a job takes of the cluster
@@ -277,10 +285,13 @@ def test_what_is_left_to_it(changes: dict[str, Any], words: str) -> None:
 @pytest.mark.parametrize(
     ("changes", "text"),
     [
-        ({"workers": "9:9"}, "9:9 workers of 1 CPU do not fit: the cluster has 2 nodes, 8 CPUs, no GPU, room for 8;"),
-        ({"workers": "2", "threads": 5}, "2 workers of 5 CPUs do not fit"),
-        ({"device": "cuda"}, "1 worker of 1 CPU and 1 GPU do not fit"),
-        ({"nodes": [0]}, "1 worker of 1 CPU do not fit: the cluster has 1 node, 0 CPUs, no GPU, room for 0"),
+        (
+            {"workers": "9:9"},
+            "no room for 9:9 workers of 1 CPU: the cluster has 2 nodes, 8 CPUs, no GPU, enough for 8;",
+        ),
+        ({"workers": "2", "threads": 5}, "no room for 2 workers of 5 CPUs"),
+        ({"device": "cuda"}, "no room for 1 worker of 1 CPU and 1 GPU"),
+        ({"nodes": [0]}, "no room for 1 worker of 1 CPU: the cluster has 1 node, 0 CPUs, no GPU, enough for 0"),
         ({"checkpoints": "checkpoints"}, "--checkpoints checkpoints: on a cluster, name an absolute folder"),
         ({"checkpoints": "~/run", "resume": "last"}, "--checkpoints ~/run: on a cluster"),
         ({"workers": "many"}, "--workers many: write a number of workers"),
@@ -892,8 +903,8 @@ def test_what_is_refused_before_the_cluster_is_asked(
     [
         ("--most-megabytes 1", "--most-megabytes"),
         ("--checkpoints runs/here", "--checkpoints runs/here: on a cluster, name an absolute folder or an address"),
-        ("--workers 9:9", "9:9 workers of 1 CPU do not fit: the cluster has 2 nodes, 8 CPUs, no GPU, room for 8"),
-        ("--device cuda", "1 worker of 1 CPU and 1 GPU do not fit"),
+        ("--workers 9:9", "no room for 9:9 workers of 1 CPU: the cluster has 2 nodes, 8 CPUs, no GPU, enough for 8"),
+        ("--device cuda", "no room for 1 worker of 1 CPU and 1 GPU"),
         ("--workers two", "--workers two: write a number of workers"),
         ("--threads two", "option --threads: expected a number, got 'two'"),
     ],

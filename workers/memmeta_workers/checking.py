@@ -19,13 +19,18 @@ from . import cli, devices
 from .compute import check_tasks
 from .experiment import Experiment, load
 from .local import parameters_on_cpu
-from .options import check_required, find_file, train_parser
+from .options import check_required, find_file, parameters, train_parser
 from .recipe import from_values
 from .update import OuterUpdate
 
 FACTS = "memmeta-facts: "
 # What submit must know of the options, whether they were given on the command line or in a --config file.
 OPTIONS = ("workers", "threads", "gpus_per_worker", "device", "resume", "run_dir", "checkpoints", "patience")
+# Options of submit that train does not have.
+SUBMITS = (
+    "working_dir", "exclude", "most_megabytes", "job_id", "no_check", "follow", "wait", "any_version",
+    "shared_run_dir", "insecure",
+)  # fmt: skip
 
 
 def check(argv: Sequence[str]) -> int:
@@ -41,6 +46,8 @@ def check(argv: Sequence[str]) -> int:
     file = load(name)
     values = train_parser(file).parse(argv)
     check_required(file, values)
+    if taken := sorted(parameters(file.function).keys() & set(SUBMITS)):
+        raise InputError(f"experiment({taken[0]}=...): that is an option of memmeta submit; rename the argument")
     devices.use("cpu", values.threads or 1)
     experiment = tiny(devices.place(from_values(file, values), "cpu"))
     check_tasks(experiment, OuterUpdate(parameters_on_cpu(experiment.learner), experiment.outer).sums_layout)

@@ -79,6 +79,15 @@ def contents(folder: RunFolder, checkpoint: str) -> tuple[list[str], str]:
     return [*names, *(f"{folder.checkpoints.name}/{name_of(step)}" for step in steps)], ""
 
 
+def digest_of(path: Path) -> str:
+    """The SHA-256 of a file, read a piece at a time."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
 def deliver(argv: Sequence[str]) -> int:
     """Packs, tells, and waits to be stopped.
 
@@ -107,12 +116,8 @@ def _parcel(folder: RunFolder, checkpoint: str) -> Iterator[Parcel]:
     try:
         names, left = contents(folder, checkpoint)
         pack_tar(folder.path, names, archive)
-        digest = hashlib.sha256()
-        with archive.open("rb") as file:
-            while block := file.read(1 << 20):
-                digest.update(block)
         size, node = archive.stat().st_size, ray.get_runtime_context().get_node_id()
-        yield Parcel(node, name, size, digest.hexdigest(), left)
+        yield Parcel(node, name, size, digest_of(archive), left)
     finally:
         archive.unlink(missing_ok=True)
 

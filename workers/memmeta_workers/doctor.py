@@ -69,7 +69,7 @@ def doctor(argv: Sequence[str]) -> int:
 def _of_cluster(address: str, run_dir: str | None, insecure: bool = False) -> list[dict[str, Any]]:
     """The survey's reports of all nodes, made by a job on the cluster."""
     from .jobs import KIND, Jobs
-    from .submit import outcome
+    from .watching import outcome
 
     jobs = Jobs(address, insecure)
     job_id = f"memmeta-doctor-{secrets.token_hex(4)}"

@@ -20,6 +20,8 @@ from .order import Order
 
 # The line that says that all was well before the training began.
 CHECKED = "checked on the cluster: "
+# How a line begins that says what the user should know.
+NOTE = "memmeta: note: "
 # How long a job that is asked to stop may take for its tasks under way and a checkpoint.
 STOP_SECONDS = 600
 # A line of progress at least so often, for those who follow.
@@ -63,7 +65,7 @@ def _look(file: ExperimentFile, folder: Path, order: Order) -> str:
     if wrong := nodes.problems(answering, shared=order.shared_run_dir, any_version=order.any_version):
         raise InputError("; ".join(wrong))
     for line in nodes.problems([report for report in reports if report.facts is None]):
-        print(f"memmeta: note: {line}", flush=True)
+        print(f"{NOTE}{line}", flush=True)
     return f"{len(answering)} node{'s' if len(answering) > 1 else ''}"
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import hashlib
 import json
 import re
 import secrets
@@ -21,7 +20,7 @@ from memmeta.errors import InputError, MemmetaError
 
 from . import packing
 from .commands import plot
-from .delivery import PARCEL, Parcel
+from .delivery import PARCEL, Parcel, digest_of
 from .failures import JobFailed
 from .job import CHECKED, STOP_SECONDS
 from .jobs import KIND, Job, Jobs, clock
@@ -29,7 +28,8 @@ from .options import Parser
 from .order import Order
 from .progress import PlainDisplay, duration, in_bytes
 from .runs import RunFolder
-from .submit import ERROR, add_address, outcome, watch
+from .submit import add_address
+from .watching import ERROR, outcome, watch
 
 _STEP = re.compile(r"step \d+/\d+  .*")
 
@@ -204,9 +204,7 @@ def _brought(cluster: Jobs, order: Order, checkpoint: str) -> tuple[Parcel, Path
             archive = Path(file.name)
         try:
             cluster.download(parcel.node, parcel.name, archive)
-            with archive.open("rb") as file:
-                digest = hashlib.sha256(file.read()).hexdigest()
-            if digest != parcel.sha256:
+            if digest_of(archive) != parcel.sha256:
                 raise JobFailed(f"the archive came damaged from {cluster.url}: fetch it again")
         except BaseException:
             archive.unlink(missing_ok=True)

@@ -85,7 +85,7 @@ class Jobs:
     Args:
         address: ``http://HOST:8265`` or ``https://...``, the address of the cluster's dashboard; ``None``: that of the
             environment variable RAY_API_SERVER_ADDRESS, else this machine's.
-        insecure: talk to another machine without a token.
+        insecure: talk to another machine also where there is no token, or none is asked for.
         note: told in one line what the user should know.
 
     Raises:
@@ -101,15 +101,17 @@ class Jobs:
         self.url = _url(self.address or os.environ.get("RAY_API_SERVER_ADDRESS") or DEFAULT_ADDRESS)
         self._token = None if access.switched_off() else access.find_token()
         self._refuse_open_doors()
+        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+        self._check()
         if self._token is not None:
             access.switch_on()
-            os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-        self._check()
         self._client = self._new_client()
 
     def _refuse_open_doors(self) -> None:
         parts = urlsplit(self.url)
         if access.is_local(parts.hostname or ""):
+            # A proxy would be handed the token, and knows nothing of this machine's loopback.
+            os.environ["no_proxy"] = ",".join(filter(None, [os.environ.get("no_proxy"), parts.hostname]))
             return
         if access.switched_off() and not self.insecure:
             raise InputError(
@@ -138,6 +140,8 @@ class Jobs:
                 f"the cluster at {self.url} asks for no token: anyone who reaches it can run any code there; start it "
                 "with one (memmeta node --head), or add --insecure if its network is closed"
             )
+        if not asks:
+            self._token = None  # not for those who don't ask
         found = self._get("/api/version")
         if not isinstance(found, dict) or "ray_version" not in found:
             raise InputError(f"{self.url} is not the dashboard of a Ray cluster: write http://HEAD:8265")

@@ -100,8 +100,15 @@ class Order:
             )
 
     def folder(self) -> Path:
-        """The run's folder on this machine: below ``$MEMMETA_RUNS``, or ``~/memmeta-runs``, unless it is absolute."""
-        return runs_root() / Path(self.run_dir).expanduser()
+        """The run's folder on this machine: below ``$MEMMETA_RUNS``, or ``~/memmeta-runs``, unless it is absolute.
+
+        Raises:
+            InputError: it begins with the home of a user who is not here.
+        """
+        try:
+            return runs_root() / Path(self.run_dir).expanduser()
+        except RuntimeError as error:
+            raise InputError(f"--run-dir {self.run_dir}: no such user on the cluster; name another folder") from error
 
 
 def runs_root() -> Path:

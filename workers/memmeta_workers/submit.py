@@ -11,32 +11,28 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
+import yaml
 from jsonargparse import Namespace
 
 from memmeta.errors import InputError
 
 from . import checking, packing
+from .capacity import asked, room, total
 from .failures import JobFailed
-from .job import CHECKED, STOP_SECONDS
-from .jobs import ClusterNode, Job, Jobs
+from .job import STOP_SECONDS
+from .jobs import ClusterNode, Jobs
 from .options import COUNT, Parser, find_file
 from .order import Order, commit_of
-from .policies import Crew
 from .progress import in_bytes
+from .watching import ERROR, say, watch
 
 _STRETCH = 30 * 24 * 3600
 _MEGABYTE = 1_000_000
-ERROR = "memmeta: error: "
-_NO_MEMMETA = re.compile(
-    r"No module named '?(memmeta|memmeta_workers|ray|torch|jsonargparse|yaml|rich|safetensors)\b"
-    r"|python: (command )?not found"
-)
 
 
 def submit(argv: Sequence[str]) -> int:
@@ -56,11 +52,11 @@ def submit(argv: Sequence[str]) -> int:
         raise InputError("memmeta submit needs an experiment file: memmeta submit FILE.py")
     folder, file = _inside(name, values.working_dir)
     words = _shipped_words(rest, name, file, folder)
-    jobs = Jobs(values.address, values.insecure, _say)
+    jobs = Jobs(values.address, values.insecure, say)
     with tempfile.TemporaryDirectory(prefix="memmeta-submit-") as scratch:
         archive = Path(scratch, f"{folder.name or 'folder'}.zip")
         _pack(folder, values, archive)
-        facts = _facts(words) if values.no_check else _check(words, archive, Path(scratch))
+        facts = _facts(words, folder) if values.no_check else _check(words, archive, Path(scratch))
         if values.run_dir is not None:
             facts["run_dir"] = values.run_dir
         cluster = jobs.nodes()
@@ -130,9 +126,7 @@ def _split(argv: Sequence[str]) -> tuple[list[str], list[str]]:
     for token in tokens:
         option, equals, _ = token.partition("=")
         option = option.replace("_", "-") if option.startswith("--") else option
-        if option in flags:
-            own.append(option)
-        elif option in valued and equals:
+        if option in flags or (option in valued and equals):
             own.append(option + token[len(option) :])
         elif option in valued:
             own.extend([option, *([value] if (value := next(tokens, None)) is not None else [])])
@@ -178,12 +172,12 @@ def _pack(folder: Path, values: Namespace, archive: Path) -> None:
     packing.check_size(contents, values.most_megabytes * _MEGABYTE)
     packing.pack(contents, archive)
     count = len(contents.files)
-    _say(
+    say(
         f"to ship: {count} file{'s' if count > 1 else ''} of {folder}, {in_bytes(contents.bytes)} "
         f"({in_bytes(archive.stat().st_size)} packed)"
     )
     for left in contents.left_out:
-        _say(f"not shipped: {left}")
+        say(f"not shipped: {left}")
 
 
 def _check(words: Sequence[str], archive: Path, scratch: Path) -> dict[str, Any]:
@@ -205,75 +199,43 @@ def _check(words: Sequence[str], archive: Path, scratch: Path) -> dict[str, Any]
     facts = json.loads(
         next(line for line in done.stdout.splitlines() if line.startswith(checking.FACTS))[len(checking.FACTS) :]
     )
-    _say(f"checked: one task's meta-gradient, {facts['seconds']:.1f} s; {facts['steps']} outer steps")
+    say(f"checked: one task's meta-gradient, {facts['seconds']:.1f} s; {facts['steps']} outer steps")
     return facts
 
 
-def _facts(words: Sequence[str]) -> dict[str, Any]:
-    """What can be known of the options without the experiment."""
+def _facts(words: Sequence[str], folder: Path) -> dict[str, Any]:
+    """What can be known of the options without the experiment.
+
+    Args:
+        words: the job's arguments.
+        folder: what their --config is relative to.
+    """
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     for name in checking.OPTIONS:
-        parser.add_argument(f"--{name.replace('_', '-')}", nargs="?", const="last")
+        parser.add_argument(f"--{name.replace('_', '-')}", f"--{name}", dest=name, nargs="?", const="last")
+    parser.add_argument("--config")
     try:
         known, _ = parser.parse_known_args(list(words))
+        stored = yaml.safe_load((folder / known.config).read_text(encoding="utf-8")) if known.config else {}
     except argparse.ArgumentError as error:
         raise InputError(str(error)) from error
-    facts: dict[str, Any] = vars(known)
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise InputError(f"--config: that is not a YAML file of options: {' '.join(str(error).split())}") from error
+    stored = {str(name).replace("-", "_"): value for name, value in stored.items()} if isinstance(stored, dict) else {}
+    facts: dict[str, Any] = {name: stored.get(name) for name in checking.OPTIONS}
+    facts.update({name: value for name, value in vars(known).items() if name in facts and value is not None})
     for name in ("threads", "gpus_per_worker", "patience"):
         facts[name] = _number(name, facts[name])
-    return {**facts, "workers": facts["workers"] or "0", "device": facts["device"] or "auto"}
+    return {**facts, "workers": str(facts["workers"] or "0"), "device": facts["device"] or "auto"}
 
 
-def _number(name: str, text: str | None) -> float | int | None:
+def _number(name: str, text: object) -> float | int | None:
     if text is None:
         return None
     try:
-        return float(text) if name != "threads" else int(text)
+        return float(str(text)) if name != "threads" else int(str(text))
     except ValueError as error:
         raise InputError(f"option --{name.replace('_', '-')}: expected a number, got {text!r}") from error
-
-
-@dataclass(frozen=True)
-class Asked:
-    """Workers, and what each takes of the cluster."""
-
-    crew: Crew
-    cpus: int
-    gpus: float
-
-    def __str__(self) -> str:
-        gpus = f" and {self.gpus:g} GPU" if self.gpus else ""
-        many = "s" if self.crew.most > 1 else ""
-        return f"{self.crew} worker{many} of {self.cpus} CPU{'s' if self.cpus > 1 else ''}{gpus}"
-
-
-def room(cluster: Iterable[ClusterNode], cpus: int, gpus: float) -> int:
-    """How many workers of that size an empty cluster has room for."""
-    return sum(int(min(node.cpus // cpus, (node.gpus + 1e-9) // gpus if gpus else node.cpus)) for node in cluster)
-
-
-def total(cluster: Sequence[ClusterNode]) -> str:
-    """A cluster in a few words."""
-    cpus, gpus = sum(node.cpus for node in cluster), sum(node.gpus for node in cluster)
-    nodes = f"{len(cluster)} node{'s' if len(cluster) > 1 else ''}"
-    return f"{nodes}, {cpus:g} CPUs, {f'{gpus:g} GPUs' if gpus else 'no GPU'}"
-
-
-def asked(facts: Mapping[str, Any], cluster: Sequence[ClusterNode]) -> Asked:
-    """What a job takes of the cluster.
-
-    Where nothing is said, a worker for each GPU, or for each node of a cluster without; and as many CPUs for each as
-    fit.
-    """
-    has = sum(node.gpus for node in cluster)
-    gpus = facts["gpus_per_worker"]
-    if gpus is None:
-        gpus = 1.0 if facts["device"] == "cuda" or (facts["device"] == "auto" and has) else 0.0
-    many = room(cluster, 1, gpus) if gpus else sum(node.cpus >= 1 for node in cluster)
-    crew = Crew.parse(facts["workers"]) or Crew(1, max(1, many))
-    most = int(max((node.cpus for node in cluster), default=1))
-    fitting = (cpus for cpus in range(most, 0, -1) if room(cluster, cpus, gpus) >= crew.most)
-    return Asked(crew, facts["threads"] or next(fitting, 1), gpus)
 
 
 def _resources(
@@ -281,15 +243,18 @@ def _resources(
 ) -> list[str]:
     """Refuses what the cluster has no room for; returns the options that were left to it."""
     _absolute("--checkpoints", facts["checkpoints"])
-    _say(f"cluster: {total(cluster)}")
+    say(f"cluster: {total(cluster)}")
     given = facts["workers"] != "0"
-    if not given and (explicit or facts["resume"] is not None):
-        return []  # all on the head, or as many as the run had
+    patient = ["--patience", str(_STRETCH)] if values.wait and facts["patience"] is None else []
+    if not given and explicit:
+        return []  # all on the head
+    if not given and facts["resume"] is not None:
+        return patient  # as many as the run had
     wanted = asked(facts, cluster)
     fits = room(cluster, wanted.cpus, wanted.gpus)
     if fits < wanted.crew.least and not values.wait:
         raise InputError(
-            f"{wanted} do not fit: the cluster has {total(cluster)}, room for {fits}; ask for less (--workers, "
+            f"no room for {wanted}: the cluster has {total(cluster)}, enough for {fits}; ask for less (--workers, "
             "--threads, --gpus-per-worker, --device cpu), or add --wait to wait for nodes"
         )
     words: list[str] = []
@@ -297,10 +262,8 @@ def _resources(
         words += ["--workers", str(wanted.crew)]
     if facts["threads"] is None and facts["resume"] is None:
         words += ["--threads", str(wanted.cpus)]
-    if values.wait and facts["patience"] is None:
-        words += ["--patience", str(_STRETCH)]
-    _say(f"asked for: {wanted}")
-    return words
+    say(f"asked for: {wanted}")
+    return words + patient
 
 
 def _absolute(option: str, address: str | None) -> None:
@@ -330,57 +293,3 @@ def _value_of_resume(words: Sequence[str], index: int) -> bool:
 
 def _plain(stem: str) -> str:
     return re.sub(r"[^A-Za-z0-9]+", "-", stem).strip("-") or "job"
-
-
-def watch(jobs: Jobs, job_id: str, whole: bool) -> int:
-    """Shows what a job prints: all of it, or until the training begins. Returns the exit code.
-
-    Raises:
-        InputError, JobFailed: the job has refused, or failed.
-    """
-    shown: list[str] = []
-    try:
-        for line in jobs.follow(job_id):
-            shown.append(line)
-            if line.startswith(CHECKED) and not whole:
-                _say(line)
-                _say(f"it trains; to follow it: memmeta logs {job_id} -f    to stop it: memmeta stop {job_id}")
-                return 0
-            if whole and not line.startswith(ERROR):
-                print(line, flush=True)
-    except KeyboardInterrupt:
-        _say(f"\nno longer followed; the job goes on: memmeta logs {job_id} -f, memmeta stop {job_id}")
-        return 130
-    return outcome(jobs.wait(job_id), shown)
-
-
-def outcome(job: Job, log: Sequence[str]) -> int:
-    """The exit code of a job that has ended.
-
-    Raises:
-        InputError, JobFailed: with its own error line, or what the cluster says.
-    """
-    if job.status == "SUCCEEDED":
-        return 0
-    said = [line.removeprefix(ERROR) for line in log if line.startswith(ERROR)]
-    if job.status == "STOPPED":
-        last = next(
-            (line.removeprefix("memmeta: ") for line in reversed(log) if line.startswith("memmeta: stopped")), ""
-        )
-        _say(f"memmeta: {last or f'job {job.id} was stopped'}")
-        return 130
-    text = "\n".join(log)
-    if said:
-        raise (InputError if job.exit_code == 2 else JobFailed)(f"job {job.id}: {said[-1]}")
-    if _NO_MEMMETA.search(text) or _NO_MEMMETA.search(job.message):
-        raise InputError(
-            f"job {job.id}: memmeta is not installed for the python that the cluster's head runs jobs with: pip "
-            "install 'memmeta[service]' there and on every node, and start nodes with its memmeta node"
-        )
-    lines = [line.strip() for line in (job.message or text).splitlines() if line.strip()]
-    raise JobFailed(f"job {job.id} failed: {' '.join(lines[-1:])[:400] or 'see memmeta logs ' + job.id}")
-
-
-def _say(text: str) -> None:
-    sys.stderr.write(f"{text}\n")
-    sys.stderr.flush()
