@@ -428,6 +428,14 @@ def test_insecure_is_at_ones_own_risk(elsewhere: Dashboard, monkeypatch: pytest.
 
 
 @pytest.mark.usefixtures("_no_client")
+def test_a_token_is_not_sent_to_who_asks_for_none(elsewhere: Dashboard) -> None:
+    elsewhere.token = None
+    elsewhere.answers[HELLO] = Answer({"authentication_mode": "disabled"})
+    Jobs(elsewhere.url, insecure=True)
+    assert [token for _, _, token in elsewhere.seen] == [None, None]
+
+
+@pytest.mark.usefixtures("_no_client")
 def test_a_token_in_the_clear_is_told_of(elsewhere: Dashboard, dashboard: Dashboard) -> None:
     told: list[str] = []
     Jobs(elsewhere.url, note=told.append)

@@ -78,6 +78,7 @@ def refusal(act: Callable[[], object], kind: type[MemmetaError] = InputError) ->
         ("exp.py --most-megabytes 5 --shared-run-dir false", "--most-megabytes 5 --shared-run-dir false", "exp.py"),
         ("exp.py --working-dir", "--working-dir", "exp.py"),
         ("exp.py --insecure --seed -1", "--insecure", "exp.py --seed -1"),
+        ("exp.py --follow=false", "--follow=false", "exp.py"),
     ],
 )
 def test_submits_own_options_and_the_jobs(argv: str, own: str, rest: str) -> None:
@@ -781,6 +782,12 @@ def test_a_good_experiment_is_checked_and_submitted(
         (("import beside\n", "import beside\nimport nowhere_at_all\n"), [], 2, "No module named 'nowhere_at_all'"),
         (None, ["--inner-lrr", "0.1"], 2, "unknown option --inner-lrr: did you mean --inner-lr?"),
         (("bad: int = -1", "bad: int = 0"), ["--bad", "0"], 1, "its outer loss is nan"),
+        (
+            ("    inner_lr: float = 0.05,", "    inner_lr: float = 0.05,\n    wait: int = 1,"),
+            [],
+            2,
+            "experiment(wait=...): that is an option of memmeta submit",
+        ),
         (None, ["--exclude", "[data]"], 1, "No such file or directory: 'data/text'"),
     ],
 )
