@@ -274,7 +274,9 @@ def test_health_of_another_node_and_of_none(
     assert health.HEAD == "http://127.0.0.1:8265/api/gcs_healthz"
     joins = ["tini", "--", "memmeta", "node", "--join", "head:6379", ""]
     assert health.address(joins) == "http://127.0.0.1:52365/api/local_raylet_healthz"
-    for number, (session, port) in enumerate((("ray/session_2026-01-01", "1111"), ("mn-7-x/r/session_2026-01-02", "2222"))):
+    for number, (session, port) in enumerate(
+        (("ray/session_2026-01-01", "1111"), ("mn-7-x/r/session_2026-01-02", "2222"))
+    ):
         file = tmp_path / session / "dashboard_agent_listen_port_abc"
         file.parent.mkdir(parents=True)
         file.write_text(port)
