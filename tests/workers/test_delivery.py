@@ -18,11 +18,11 @@ import yaml
 
 from memmeta.errors import InputError, MemmetaError
 from memmeta_workers import job_commands
+from memmeta_workers.archives import pack_tar
 from memmeta_workers.checkpoints import name_of
 from memmeta_workers.delivery import PARCEL, Parcel, contents, deliver
 from memmeta_workers.jobs import Job, JobFailed
 from memmeta_workers.order import Order
-from memmeta_workers.packing import pack_tar
 from memmeta_workers.runs import RunFolder
 from memmeta_workers.train import find
 

@@ -20,8 +20,9 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from memmeta.errors import InputError
-from memmeta_workers import packing
-from memmeta_workers.packing import Contents, check_size, choose, pack, pack_tar, unpack
+from memmeta_workers import archives
+from memmeta_workers.archives import pack_tar, unpack
+from memmeta_workers.packing import Contents, check_size, choose, pack
 
 MOST = 10_000_000
 
@@ -554,7 +555,7 @@ def test_bombs_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "refused" in refused(many)
     over = forged([("a", {}, b"")], format=tarfile.PAX_FORMAT, pax_headers={"comment": "x"})
     assert "headers for all" in refused(over)
-    monkeypatch.setattr(packing, "MOST_ENTRIES", 5)
+    monkeypatch.setattr(archives, "MOST_ENTRIES", 5)
     assert "more than 5 files" in refused(plain_tar({str(i): b"" for i in range(6)}))
     assert "more than 5 files" in refused(plain_tar({"a/b/c/d/e/f": b""}))
 
@@ -622,7 +623,7 @@ def test_a_full_disk_or_an_interrupt_leaves_nothing(
     def fail(*arguments: object) -> None:
         raise broken
 
-    monkeypatch.setattr(packing.os, "rename", fail)
+    monkeypatch.setattr(archives.os, "rename", fail)
     expected: Callable[..., Any] = InputError if isinstance(broken, OSError) else KeyboardInterrupt
     with pytest.raises(expected):  # type: ignore
         unpack(io.BytesIO(plain_tar({"a": b"1"})), tmp_path / "b" / "c", MOST)

@@ -1,7 +1,7 @@
 """What a job of ``memmeta fetch`` does on the cluster: packs a run where the dashboard can hand it out.
 
 ``python -m memmeta_workers.delivery``: the run's folder is named in the job's metadata. The archive lies among the
-node's logs, which only who has the cluster's token can read, until the job is stopped.
+node's logs until the job is stopped. It can be read by its owner, and by who has the cluster's token.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ from typing import Any
 from memmeta.errors import InputError
 
 from . import cli
+from .archives import pack_tar
 from .checkpoints import name_of
 from .order import Order
-from .packing import pack_tar
 from .runs import RunFolder
 from .stores import LocalStore
 from .train import find, store_of

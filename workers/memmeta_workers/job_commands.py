@@ -18,7 +18,7 @@ from rich.console import Console
 
 from memmeta.errors import InputError, MemmetaError
 
-from . import packing
+from .archives import unpack
 from .commands import plot
 from .delivery import PARCEL, Parcel, digest_of
 from .failures import JobFailed
@@ -166,7 +166,7 @@ def fetch(argv: Sequence[str]) -> int:
         raise InputError(f"{target} is there already: name another folder with --to")
     parcel, archive = _brought(cluster, order, values.checkpoint)
     try:
-        packing.unpack(archive, target, parcel.bytes)
+        unpack(archive, target, parcel.bytes)
     finally:
         archive.unlink(missing_ok=True)
     shown = PlainDisplay(_console())
