@@ -154,7 +154,10 @@ def test_a_port_that_is_taken(memmeta: Command, head: str, home: Path, taken: st
     ports = {"--port": free, "--dashboard-port": other, taken: int(head.rpartition(":")[2])}
     done = memmeta("node", "--head", *(word for pair in ports.items() for word in pair))
     assert done.code == 2
-    assert done.err == f"memmeta: error: port {ports[taken]} is taken (another cluster?): end it, or write {taken} N\n"
+    assert done.err == (
+        f"memmeta: error: port {ports[taken]} is taken (another cluster?): end it (Ctrl-C there, or "
+        f"ray stop), or write {taken} N\n"
+    )
     assert list(home.iterdir()) == []  # no token was made
 
 
@@ -265,7 +268,7 @@ def test_options_of_ray(monkeypatch: pytest.MonkeyPatch) -> None:
     ("words", "mode", "lines"),
     [
         ([], 0o600, ["ready: a node at 10.0.0.7; token: {token}"]),
-        ([], 0o644, ["others can read the token: chmod 600 {token}"]),
+        ([], 0o644, ["note: other users of this machine can read the token: chmod 600 {token}"]),
         (["--nodes", "3"], 0o600, ["ready: 3 nodes at 10.0.0.7; token: {token}"]),
         (["--insecure"], 0o600, ["ready: a node at 10.0.0.7; NO TOKEN: whoever reaches a port can run any code here"]),
         (["--port", "7000"], 0o600, ["to add a node:     memmeta node --join 10.0.0.7:7000"]),
@@ -281,11 +284,12 @@ def test_what_the_head_says(
     token.write_text(SECRET)
     token.chmod(mode)
     chosen = values("--head", *words)
-    module._say(chosen, "10.0.0.7", chosen.nodes or 1)
-    shown = capsys.readouterr().out
+    module._welcome(chosen, "10.0.0.7", chosen.nodes or 1)
+    captured = capsys.readouterr()
+    shown = captured.out + captured.err
     for line in lines:
         assert line.format(token=token) in shown
-    assert ("others can read" in shown) == (mode == 0o644)
+    assert ("can read the token" in shown) == (mode == 0o644)
     assert SECRET not in shown
 
 

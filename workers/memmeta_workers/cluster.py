@@ -8,6 +8,7 @@ import secrets
 import shutil
 import signal
 import socket
+import stat
 import sys
 import tempfile
 import threading
@@ -22,6 +23,8 @@ from . import access
 
 # Short: the names of Ray's sockets must fit in about 100 characters.
 PRIVATE, OF_NODES = "mm-", "mn-"
+# In such a folder: which process has made it.
+_MARK = "owner"
 
 
 @dataclass(frozen=True)
@@ -109,14 +112,17 @@ def _named(address: str) -> str | None:
 def started_here() -> str | None:
     """The address that ``memmeta node`` or ``ray start`` has left on this machine.
 
-    Asking Ray itself ("auto") might find the private cluster of another run too.
+    Asking Ray itself ("auto") might find the private cluster of another run too. What other users have left is not
+    looked at: whoever is attached to gets the token. Of several, the first that answers.
     """
     base = Path(os.environ.get("RAY_TMPDIR") or ("/tmp" if sys.platform.startswith("linux") else tempfile.gettempdir()))
-    for left in [*base.glob(f"{OF_NODES}*-*/r/ray_current_cluster"), base / "ray" / "ray_current_cluster"]:
+    ours = [folder / "r" for folder in sorted(base.glob(f"{OF_NODES}*-*")) if _is_ours(folder)]
+    found = []
+    for left in (folder / "ray_current_cluster" for folder in [*ours, base / "ray"]):
         with contextlib.suppress(OSError):
-            if address := left.read_text(encoding="utf-8").strip():
-                return address
-    return None
+            if left.lstat().st_uid in (os.getuid(), 0) and (address := left.read_text(encoding="utf-8").strip()):
+                found.append(address)
+    return next((address for address in found if answers(address)), found[0] if found else None)
 
 
 def answers(address: str) -> bool:
@@ -196,21 +202,63 @@ def temporary_folder(prefix: str = PRIVATE, keep_failed: bool = False) -> Iterat
 
     Args:
         prefix: of its name.
-        keep_failed: leave it where it is after an exception, for its logs, until the next one is made.
+        keep_failed: leave it where it is after an error, for its logs, until the next one is made.
     """
     base = Path(os.environ.get("RAY_TMPDIR") or tempfile.gettempdir())
     if len(str(base)) > 20 and sys.platform != "win32":
         base = Path("/tmp")
     for old in [*base.glob(f"{PRIVATE}*-*"), *base.glob(f"{OF_NODES}*-*")]:
-        process = old.name.partition("-")[2].partition("-")[0]
-        if process.isdecimal() and not Path("/proc", process).exists() and Path("/proc").is_dir():
+        if _is_ours(old) and _is_over(old):
             shutil.rmtree(old, ignore_errors=True)
     folder = Path(tempfile.mkdtemp(prefix=f"{prefix}{os.getpid()}-", dir=base))
+    (folder / _MARK).write_text(_process(os.getpid()) or "", encoding="utf-8")
     (folder / "r").mkdir()
     try:
         yield str(folder / "r")
-    except BaseException:
+    except Exception:
         if not keep_failed:
             shutil.rmtree(folder, ignore_errors=True)
         raise
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
     shutil.rmtree(folder, ignore_errors=True)
+
+
+def _is_ours(folder: Path) -> bool:
+    """Whether this user's memmeta has made it, and nobody else could enter it."""
+    with contextlib.suppress(OSError):
+        status = folder.lstat()
+        mine = stat.S_ISDIR(status.st_mode) and status.st_uid == os.getuid() and not status.st_mode & 0o077
+        return mine and {entry.name for entry in folder.iterdir()} <= {_MARK, "r"} and (folder / _MARK).is_file()
+    return False
+
+
+def _is_over(folder: Path) -> bool:
+    """Whether the process that made it has ended, and none of Ray's works in it any more."""
+    with contextlib.suppress(OSError):
+        made = (folder / _MARK).read_text(encoding="utf-8")
+        process, _, started = made.partition(" ")
+        if not process.isdecimal() or not started or _process(int(process)) == made:
+            return False
+        if _process(os.getpid(), "").rpartition(" ")[2] != made.rpartition(" ")[2]:
+            return False  # made in another container, whose processes can't be seen from here
+        sign = os.fsencode(folder)
+        return not any(sign in _command_line(entry) for entry in Path("/proc").glob("[0-9]*"))
+    return False
+
+
+def _process(process: int, default: str = "") -> str:
+    """A process beyond doubt: its id, when it started, and the id's namespace; ``default`` if there is none."""
+    try:
+        started = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[19]
+        return f"{process} {started} {os.readlink('/proc/self/ns/pid')}"
+    except (OSError, IndexError):
+        return default
+
+
+def _command_line(entry: Path) -> bytes:
+    try:
+        return (entry / "cmdline").read_bytes()
+    except OSError:
+        return b""

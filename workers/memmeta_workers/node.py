@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
 import re
 import signal
@@ -12,22 +13,26 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from jsonargparse import Namespace
 
-from memmeta.errors import InputError
+from memmeta.errors import InputError, MemmetaError
 
 from . import access
 from .cluster import OF_NODES, answers, temporary_folder
 from .failures import NodeFailed
+from .job import STOP_SECONDS
 from .options import COUNT, NUMBER, Parser
 from .signals import StopSignals
 
 PORT, DASHBOARD_PORT = 6379, 8265
 _STARTED, _ADDRESS = "Ray runtime started", re.compile(r"Local node IP: (\S+)")
 _START_SECONDS, _STOP_SECONDS, _SWEEP_SECONDS = 90.0, 35.0, 3.0
+_ENDING = "\nmemmeta: ending the node; once more ends it at once\n"
+# The last one: the terminal is closed.
+_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 # What Ray says when a node can't start, and what it comes down to.
 _REASONS = {
     "ersion mismatch": "its versions of Ray and Python are others than here: install the head's",
@@ -57,6 +62,7 @@ class Node:
             text=True,
             errors="replace",
             start_new_session=True,  # Ctrl-C is for the command, which ends the nodes in order
+            preexec_fn=_ending_with_its_parent(),
         )
         self._lines: deque[str] = deque(maxlen=200)
         self._started = threading.Event()
@@ -106,22 +112,33 @@ class Node:
 
     def close(self) -> None:
         """Ends the node and its processes; what does not end in time is killed."""
-        self.ask_to_end()
-        # It hands over what it has to the head first. Without one, it would wait for it.
-        seconds = _STOP_SECONDS if self._head is None or answers(self._head) else _SWEEP_SECONDS
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            self._process.wait(seconds)
-        # Some of Ray's processes take a little longer, and a node whose head has gone leaves its agents behind.
-        deadline = time.monotonic() + _SWEEP_SECONDS
-        while _of_session(self._process.pid) and time.monotonic() < deadline:
-            time.sleep(0.1)
-        for process in _of_session(self._process.pid):
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(process, signal.SIGKILL)
-        self._process.wait()
-        self._reader.join(2.0)
-        if self._process.stdout is not None and not self._reader.is_alive():
-            self._process.stdout.close()
+        try:
+            self.ask_to_end()
+            # It hands over what it has to the head first. Without one, it would wait for it.
+            seconds = _STOP_SECONDS if self._head is None or answers(self._head) else _SWEEP_SECONDS
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self._process.wait(seconds)
+            # Some of Ray's processes take a little longer, and a node whose head has gone leaves its agents behind.
+            deadline = time.monotonic() + _SWEEP_SECONDS
+            while _of_session(self._process.pid) and time.monotonic() < deadline:
+                time.sleep(0.1)
+        finally:
+            for process in _of_session(self._process.pid):
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(process, signal.SIGKILL)
+            self._process.kill()
+            self._process.wait()
+            self._reader.join(2.0)
+            if self._process.stdout is not None and not self._reader.is_alive():
+                self._process.stdout.close()
+
+
+def _ending_with_its_parent() -> Callable[[], None] | None:
+    """What a child of this process does before it begins, so that it is asked to end should this process be killed."""
+    if not sys.platform.startswith("linux"):
+        return None
+    prctl, set_death_signal = ctypes.CDLL(None).prctl, 1
+    return lambda: prctl(set_death_signal, signal.SIGTERM)
 
 
 def _of_session(session: int) -> list[int]:
@@ -153,7 +170,7 @@ def node(argv: Sequence[str]) -> int:
     environment = _environment(values)
     count = values.nodes or 1
     nodes: list[Node] = []
-    with StopSignals("\nmemmeta: ending the node; once more ends it at once\n") as stop, contextlib.ExitStack() as held:
+    with StopSignals(_ENDING, _SIGNALS) as stop, contextlib.ExitStack() as held:
         for index in range(count):
             # One after the other: two that start at once on one machine take the same sockets.
             first = values.head and index == 0
@@ -165,16 +182,39 @@ def node(argv: Sequence[str]) -> int:
             held.callback(nodes[-1].close)
             nodes[-1].await_ready(stop)
         if not stop.requested:
-            _say(values, nodes[0].address, count)
+            _welcome(values, nodes[0].address, count)
         while not stop.requested:
             time.sleep(0.2)
             for one in nodes:
                 if one.ended():
                     raise NodeFailed(f"the node has ended by itself: {one.reason()}")
+        if values.head and nodes:
+            _stop_jobs(values)
         for one in nodes[1:] if values.head else nodes:
             one.ask_to_end()
-    sys.stderr.write("memmeta: the node has ended\n")
+    _say("the node has ended")
     return 0
+
+
+def _stop_jobs(values: Namespace) -> None:
+    """Lets the jobs of a cluster that is about to end write their checkpoints."""
+    from .jobs import KIND, Jobs
+
+    with contextlib.suppress(MemmetaError):
+        host = "127.0.0.1" if _shown(values) == "HEAD" else _shown(values)
+        cluster = Jobs(f"http://{host}:{values.dashboard_port}", insecure=True)
+        running = [job.id for job in cluster.all() if not job.over and job.metadata.get(KIND) == "train"]
+        for job_id in running:
+            _say(f"job {job_id} is asked to write a checkpoint and end")
+            cluster.stop(job_id)
+        for job_id in running:
+            cluster.wait(job_id, STOP_SECONDS)
+
+
+def _say(text: str) -> None:
+    with contextlib.suppress(OSError):  # the terminal may have gone
+        sys.stderr.write(f"memmeta: {text}\n")
+        sys.stderr.flush()
 
 
 def _parser() -> Parser:
@@ -204,7 +244,9 @@ def _check_ports(values: Namespace) -> None:
             try:
                 probe.bind(("", port))
             except (OSError, OverflowError) as error:
-                raise InputError(f"port {port} is taken (another cluster?): end it, or write {option} N") from error
+                raise InputError(
+                    f"port {port} is taken (another cluster?): end it (Ctrl-C there, or ray stop), or write {option} N"
+                ) from error
 
 
 def _check_head(address: str) -> None:
@@ -268,12 +310,14 @@ def _join(values: Namespace, head: str | None) -> list[str]:
     return ["--address", address, "--dashboard-agent-listen-port", "0", *_shared(values)]
 
 
-def _say(values: Namespace, address: str, count: int) -> None:
+def _welcome(values: Namespace, address: str, count: int) -> None:
     many = f"{count} nodes" if count > 1 else "a node"
+    token = None if values.insecure else access.find_token()
+    if token is not None and token.readable_by_others:
+        _say(f"note: other users of this machine can read the token: chmod 600 {token.source}")
     if not values.head:
         print(f"ready: {many} at {address} of the cluster at {values.join}", flush=True)
         return
-    token = None if values.insecure else access.find_token()
     guard = "NO TOKEN: whoever reaches a port can run any code here" if token is None else f"token: {token.source}"
     lines = [
         f"ready: {many} at {address}; {guard}",
@@ -281,8 +325,6 @@ def _say(values: Namespace, address: str, count: int) -> None:
         f"  to train on it:    memmeta submit FILE.py --address http://{_shown(values)}:{values.dashboard_port}",
         "  to end it:         Ctrl-C",
     ]
-    if token is not None and token.readable_by_others:
-        lines.append(f"  others can read the token: chmod 600 {token.source}")
     print("\n".join(lines), flush=True)
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import threading
+from collections.abc import Sequence
 from types import FrameType
 from typing import Any
 
@@ -19,16 +21,18 @@ class StopSignals:
 
     Args:
         message: written to stderr at the first one.
+        signals: those that are waited for.
     """
 
-    def __init__(self, message: str = _MESSAGE) -> None:
+    def __init__(self, message: str = _MESSAGE, signals: Sequence[signal.Signals] = _SIGNALS) -> None:
         self.requested = False
+        self._signals = signals
         self._message = message.encode()
         self._before: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> StopSignals:
         if threading.current_thread() is threading.main_thread():
-            self._before = {number: signal.signal(number, self._handle) for number in _SIGNALS}
+            self._before = {number: signal.signal(number, self._handle) for number in self._signals}
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -44,4 +48,5 @@ class StopSignals:
             raise KeyboardInterrupt
         self.requested = True
         # Not through the display: the signal may have come in the middle of one of its writes.
-        os.write(2, self._message)
+        with contextlib.suppress(OSError):  # the terminal may be what has gone
+            os.write(2, self._message)
