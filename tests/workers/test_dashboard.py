@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
+import gc
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -23,9 +26,11 @@ import pytest
 import requests
 
 from memmeta.errors import InputError, MemmetaError
+from memmeta_workers import door
 from memmeta_workers import jobs as module
 from memmeta_workers.cli import main
 from memmeta_workers.jobs import Job, JobFailed, Jobs, clock
+from memmeta_workers.watching import watch
 
 SECRET = "5ecret" * 8
 OTHER = "an0ther" * 8
@@ -206,7 +211,7 @@ def refusal(act: Callable[[], object], kind: type[MemmetaError] = InputError) ->
     """What is said, in one line, without the token, and without it in what led to it."""
     with pytest.raises(kind) as caught:
         act()
-    assert type(caught.value) is kind
+    assert type(caught.value) in (kind, door.NobodyAnswers)
     text = str(caught.value)
     assert "\n" not in text
     shown = "".join(traceback.format_exception(caught.value))
@@ -330,7 +335,7 @@ def test_a_name_that_nobody_has() -> None:
 
 
 def test_who_accepts_and_never_answers(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "_SECONDS", 0.1)
+    monkeypatch.setattr(door, "_SECONDS", 0.1)
     with socket.create_server(("127.0.0.1", 0)) as silent:
         url = f"http://127.0.0.1:{silent.getsockname()[1]}"
         assert f"no Ray cluster answers at {url}" in refusal(lambda: Jobs(url))
@@ -377,7 +382,7 @@ def test_nor_for_a_download(dashboard: Dashboard, jobs: Callable[[Client], Jobs]
     try:
         found = jobs(Client())
         dashboard.answers["/api/v0/logs/file"] = Answer("", 302, {"Location": f"{there.url}/x"})
-        text = refusal(lambda: found.download("n", "a.tar", tmp_path / "a.tar"), JobFailed)
+        text = refusal(lambda: found.download("n", "a.tar", tmp_path / "a.tar", 7), JobFailed)
         assert text.startswith("a.tar can't be fetched from the cluster")
         assert there.seen == []
         assert not (tmp_path / "a.tar").exists()
@@ -464,7 +469,7 @@ def test_a_token_in_the_clear_is_told_of(elsewhere: Dashboard, dashboard: Dashbo
     ],
 )
 def test_addresses(address: str, url: str) -> None:
-    assert module._url(address) == url
+    assert door._url(address) == url
 
 
 @pytest.mark.parametrize(
@@ -503,9 +508,9 @@ def test_the_port_of_the_head_is_not_that_of_jobs(address: str) -> None:
 
 
 def test_an_empty_address_is_the_usual_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "DEFAULT_ADDRESS", f"http://127.0.0.1:{free_port()}")
+    monkeypatch.setattr(door, "DEFAULT_ADDRESS", f"http://127.0.0.1:{free_port()}")
     for address in ("", None):
-        assert module.DEFAULT_ADDRESS in refusal(lambda address=address: Jobs(address))
+        assert door.DEFAULT_ADDRESS in refusal(lambda address=address: Jobs(address))
 
 
 # --- Nodes
@@ -526,11 +531,28 @@ def test_the_nodes_the_head_first(dashboard: Dashboard, jobs: Callable[[Client],
     assert dashboard.seen[-1][2] == f"Bearer {SECRET}"
 
 
-@pytest.mark.parametrize("body", [{}, {"data": {"result": None}}, {"data": {"result": {"result": [{}]}}}, []])
+ODD: list[Any] = [
+    {"resources_total": {"CPU": "many"}},
+    {"resources_total": {"CPU": float("inf")}},
+    {"resources_total": {"CPU": -1}},
+    {"resources_total": [1]},
+    {"node_id": 5},
+    {"node_ip": None},
+]
+
+
+def rows(change: dict[str, Any]) -> Any:
+    row = {"node_id": "a", "node_ip": "10.0.0.1", "is_head_node": True, "state": "ALIVE", "resources_total": {"CPU": 1}}
+    return {"data": {"result": {"result": [{**row, **change}]}}}
+
+
+@pytest.mark.parametrize(
+    "body", [{}, {"data": {"result": None}}, {"data": {"result": {"result": [{}]}}}, [], *map(rows, ODD)]
+)
 def test_nodes_that_are_not_told(dashboard: Dashboard, jobs: Callable[[Client], Jobs], body: Any) -> None:
     dashboard.answers[NODES] = Answer(body)
     found = jobs(Client())
-    assert f"the cluster at {dashboard.url} does not tell its nodes" in refusal(found.nodes)
+    assert f"the cluster at {dashboard.url} does not tell its nodes" in refusal(found.nodes, JobFailed)
 
 
 # --- Jobs
@@ -557,7 +579,10 @@ def test_a_second_job_of_a_name(jobs: Callable[[Client], Jobs]) -> None:
     )
     found = jobs(Client(submit_job=raised))
     text = refusal(lambda: found.submit("wave-1", "true", {}))
-    assert text == "there is a job wave-1 already: see memmeta status wave-1, or name another --job-id"
+    assert (
+        text
+        == f"there is a job wave-1 already: see memmeta status wave-1 --address {found.url}, or name another --job-id"
+    )
 
 
 ASK: list[Callable[[Jobs], object]] = [
@@ -716,14 +741,157 @@ def test_a_stream_that_ends_early_is_asked_again(
     assert list(jobs(client).follow("wave-1")) == ["a", "b", "c"]
 
 
-def test_a_cluster_that_goes_away_while_it_is_followed(jobs: Callable[[Client], Jobs]) -> None:
+LOST = "lost the cluster at {url} while wave-1 ran; it may go on: memmeta logs wave-1 -f --address {url}"
+
+
+@pytest.fixture
+def _hurried(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_PATIENCE", 0.05)
+    monkeypatch.setattr(module.time, "sleep", lambda seconds, sleep=module.time.sleep: sleep(0.01))
+
+
+@pytest.mark.usefixtures("_hurried")
+def test_a_cluster_that_goes_away_while_it_is_followed(dashboard: Dashboard, jobs: Callable[[Client], Jobs]) -> None:
     client = Tails(["a\n", ConnectionResetError()], get_job_info=ConnectionError("gone"))
     seen: list[str] = []
     found = jobs(client)
-    assert "no Ray cluster answers at" in refusal(lambda: seen.extend(found.follow("wave-1")))
-    seen.clear()
+    lost = LOST.format(url=dashboard.url)
+    assert refusal(lambda: seen.extend(found.follow("wave-1")), JobFailed) == lost
+    assert len([name for name, _, _ in client.calls if name == "get_job_info"]) > 1
+    assert refusal(lambda: found.wait("wave-1"), JobFailed) == lost
+    client.answers["get_job_info"] = RuntimeError("Request failed with status code 502: bad gateway")
+    assert "refuses: Request failed with status code 502" in refusal(lambda: found.wait("wave-1"), JobFailed)
     client.streams.append(["a\n", ConnectionResetError()])
     assert next(found.follow("wave-1")) == "a"
+
+
+def test_a_cluster_that_is_away_for_a_moment(jobs: Callable[[Client], Jobs], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module.time, "sleep", lambda seconds: None)
+    over = details(status="SUCCEEDED")
+    away = (ConnectionError("gone"), RuntimeError("Request failed with status code 502: bad gateway"))
+    client = Tails(["a\n", ConnectionResetError()], get_job_info=(*away, over), get_job_logs=(*away, "a\nb\n"))
+    assert list(jobs(client).follow("wave-1")) == ["a", "b"]
+    client.answers["get_job_info"] = (*away, over)
+    assert jobs(client).wait("wave-1").status == "SUCCEEDED"
+
+
+@pytest.mark.usefixtures("_hurried")
+def test_a_log_that_is_silent_for_the_cluster_is_gone(
+    dashboard: Dashboard, jobs: Callable[[Client], Jobs], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As behind a link that was cut: no connection ever breaks."""
+    monkeypatch.setattr(module, "_QUIET", 0.01)
+    found = jobs(Waiting(get_job_info=ConnectionError("gone")))
+    lines = found.follow("wave-1")
+    assert next(lines) == "a"
+    dashboard.close()
+    assert refusal(lambda: next(lines), JobFailed) == LOST.format(url=dashboard.url)
+
+
+class Waiting(Client):
+    """A client whose stream has one line, and then nothing more; it notes when it has been closed."""
+
+    closed = False
+
+    async def tail_job_logs(self, job_id: str) -> AsyncIterator[str]:
+        try:
+            yield "a\n"
+            await asyncio.sleep(1000)
+        finally:
+            await asyncio.sleep(0)
+            self.closed = True
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_following_is_given_up_in_one_line(
+    dashboard: Dashboard, jobs: Callable[[Client], Jobs], capfd: pytest.CaptureFixture[str], whole: bool
+) -> None:
+    client = Waiting()
+    found = jobs(client)
+    timer = threading.Timer(0.3, signal.pthread_kill, [threading.get_ident(), signal.SIGINT])
+    timer.start()
+    assert watch(found, "wave-1", whole) == 130
+    timer.join(10)
+    gc.collect()
+    where = f"--address {dashboard.url}"
+    assert capfd.readouterr() == (
+        "a\n" if whole else "",
+        f"\nno longer followed; the job goes on: memmeta logs wave-1 -f {where}, memmeta stop wave-1 {where}\n",
+    )
+    assert client.closed
+
+
+@pytest.mark.parametrize("started", [True, False])
+def test_following_is_ended_early_without_a_word(
+    jobs: Callable[[Client], Jobs], capfd: pytest.CaptureFixture[str], started: bool
+) -> None:
+    client = Waiting()
+    lines = jobs(client).follow("wave-1")
+    if started:
+        assert next(lines) == "a"
+    del lines
+    gc.collect()
+    assert capfd.readouterr() == ("", "")
+    assert client.closed is started
+
+
+def test_an_interrupt_inside_of_the_stream(jobs: Callable[[Client], Jobs], capfd: pytest.CaptureFixture[str]) -> None:
+    assert watch(jobs(Tails(["a\n", KeyboardInterrupt()])), "wave-1", True) == 130
+    gc.collect()
+    out, err = capfd.readouterr()
+    assert (out, err.count("\n")) == ("a\n", 2)
+
+
+# --- What a terminal would obey
+
+
+EVIL = "\x1b]0;owned\x07\x9b31m\r\x08 ±\té\x7f"
+SHOWN = r"\x1b]0;owned\x07\x9b31m\r\x08 ±" + "\té" + r"\x7f"
+
+
+def test_text_from_elsewhere_does_not_steer_the_terminal() -> None:
+    assert door.visible(EVIL) == SHOWN
+    assert door.visible("a\nb\ud800") == "a\nb\\ud800"
+    assert door.one_line(f" a\n{EVIL} ") == f"a {SHOWN}"
+
+
+def test_neither_from_a_log_nor_a_message(dashboard: Dashboard, jobs: Callable[[Client], Jobs]) -> None:
+    told = details(f"w{EVIL}", status="SUCCEEDED", message=EVIL)
+    log = f"{EVIL}\nend\n"
+    client = Tails([log[:5], log[5:]], get_job_info=told, get_job_logs=log, list_jobs=[told])
+    found = jobs(client)
+    assert list(found.follow("wave-1")) == [SHOWN, "end"]
+    assert found.log("wave-1") == f"{SHOWN}\nend\n"
+    assert (found.job("wave-1").message, found.all()[0].id) == (SHOWN, f"w{SHOWN}")
+    client.answers["list_jobs"] = RuntimeError(EVIL)
+    assert SHOWN.partition(r"\r")[0] in refusal(found.all, JobFailed)  # a line of it
+    dashboard.answers["/api/v0/logs/file"] = Answer(EVIL, 500)
+    assert SHOWN in refusal(lambda: found.download("n", "a", Path("a"), 1), JobFailed)
+    dashboard.answers[VERSION] = Answer({"ray_version": EVIL})
+    assert SHOWN in refusal(lambda: Jobs(dashboard.url))
+
+
+@pytest.mark.parametrize("told", [{"start_time": "x"}, {"message": 5}, {"metadata": 5}, {"submission_id": 5}])
+def test_a_job_that_is_told_oddly(jobs: Callable[[Client], Jobs], told: dict[str, Any]) -> None:
+    odd = details(**told)
+    found = jobs(Client(get_job_info=odd, list_jobs=[odd], get_job_logs=5))
+    for act in (lambda: found.job("wave-1"), found.all, lambda: found.log("wave-1")):
+        assert "can't be understood" in refusal(act, JobFailed)
+    assert clock(1e20) == "unknown"
+
+
+# --- Hints
+
+
+@pytest.mark.usefixtures("_no_client")
+def test_hints_name_the_cluster_where_the_user_has(dashboard: Dashboard, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert Jobs(dashboard.url).hint("logs", "a b", "-f") == f"memmeta logs 'a b' -f --address {dashboard.url}"
+    assert Jobs(dashboard.url, insecure=True).hint("jobs") == f"memmeta jobs --address {dashboard.url} --insecure"
+    with monkeypatch.context() as patch:
+        patch.setenv("RAY_API_SERVER_ADDRESS", dashboard.url)
+        assert Jobs().hint("stop", "a") == "memmeta stop a"
+    monkeypatch.setattr(door, "DEFAULT_ADDRESS", dashboard.url)
+    assert Jobs().hint("stop", "a") == Jobs(dashboard.url).hint("stop", "a") == "memmeta stop a"
 
 
 # --- Files
@@ -731,7 +899,7 @@ def test_a_cluster_that_goes_away_while_it_is_followed(jobs: Callable[[Client], 
 
 def test_a_file_is_brought_with_the_token(dashboard: Dashboard, jobs: Callable[[Client], Jobs], tmp_path: Path) -> None:
     dashboard.answers["/api/v0/logs/file"] = Answer("the run")
-    jobs(Client()).download("node", "a.tar", tmp_path / "a.tar")
+    jobs(Client()).download("node", "a.tar", tmp_path / "a.tar", 7)
     assert (tmp_path / "a.tar").read_text() == "the run"
     assert dashboard.seen[-1] == (
         "GET",
@@ -743,7 +911,7 @@ def test_a_file_is_brought_with_the_token(dashboard: Dashboard, jobs: Callable[[
 def test_a_file_that_is_not_there(dashboard: Dashboard, jobs: Callable[[Client], Jobs], tmp_path: Path) -> None:
     dashboard.answers["/api/v0/logs/file"] = Answer("no such file: " + "x" * 1000, 500)
     found = jobs(Client())
-    text = refusal(lambda: found.download("node", "a.tar", tmp_path / "a.tar"), JobFailed)
+    text = refusal(lambda: found.download("node", "a.tar", tmp_path / "a.tar", 1000), JobFailed)
     assert text.startswith("a.tar can't be fetched from the cluster: no such file")
     assert len(text) < 300
     assert not (tmp_path / "a.tar").exists()
@@ -752,8 +920,54 @@ def test_a_file_that_is_not_there(dashboard: Dashboard, jobs: Callable[[Client],
 def test_a_file_that_is_cut_short(dashboard: Dashboard, jobs: Callable[[Client], Jobs], tmp_path: Path) -> None:
     dashboard.answers["/api/v0/logs/file"] = Answer("the r", length=1000)
     found = jobs(Client())
-    text = refusal(lambda: found.download("node", "a.tar", tmp_path / "a.tar"), JobFailed)
+    text = refusal(lambda: found.download("node", "a.tar", tmp_path / "a.tar", 1000), JobFailed)
     assert text == f"the answer of the cluster at {dashboard.url} came damaged or cut short: try again"
+
+
+@pytest.mark.parametrize("size", [0, 3, 6])
+def test_no_more_is_taken_than_was_announced(
+    dashboard: Dashboard, jobs: Callable[[Client], Jobs], tmp_path: Path, size: int
+) -> None:
+    dashboard.answers["/api/v0/logs/file"] = Answer("the run")
+    found = jobs(Client())
+    text = refusal(lambda: found.download("node", "a.tar", tmp_path / "a.tar", size), JobFailed)
+    assert text == f"the cluster at {dashboard.url} sends more than it has announced: try again"
+    assert (tmp_path / "a.tar").read_bytes() == b""
+    text = refusal(lambda: found.download("node", "a.tar", tmp_path / "a.tar", 8), JobFailed)
+    assert "came damaged or cut short" in text
+
+
+def test_no_room_for_a_file(dashboard: Dashboard, jobs: Callable[[Client], Jobs], tmp_path: Path) -> None:
+    found = jobs(Client())
+    before = len(dashboard.seen)
+    text = refusal(lambda: found.download("node", "a.tar", tmp_path / "a.tar", 1 << 60))
+    assert text.startswith(f"{tmp_path} has ")
+    assert " free, and " in text
+    assert text.endswith("are to come: make room there")
+    assert len(dashboard.seen) == before
+    assert "can't be written" in refusal(lambda: found.download("node", "a.tar", tmp_path / "no" / "a.tar", 1))
+    dashboard.answers["/api/v0/logs/file"] = Answer("x")
+    assert "can't be written" in refusal(lambda: found.download("node", "a.tar", tmp_path, 1))
+
+
+@pytest.mark.usefixtures("_no_client")
+def test_a_password_in_netrc_is_not_sent(dashboard: Dashboard, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It would take the token's place."""
+    (tmp_path / ".netrc").write_text("machine 127.0.0.1 login me password other\n")
+    assert Jobs(dashboard.url).session == "session_1"
+    monkeypatch.setenv("NETRC", str(tmp_path / ".netrc"))
+    assert Jobs(dashboard.url).session == "session_1"
+    assert {token for _, _, token in dashboard.seen} == {None, f"Bearer {SECRET}"}
+    assert os.environ["NETRC"] == str(tmp_path / ".netrc")
+
+
+@pytest.mark.usefixtures("_no_client")
+def test_whom_the_environment_sends_past_its_proxy(dashboard: Dashboard, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HTTP_PROXY", "http://127.0.0.1:1")
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:1")
+    monkeypatch.setenv("NO_PROXY", "head.example")
+    Jobs(dashboard.url)
+    assert os.environ["no_proxy"] == "head.example,127.0.0.1"
 
 
 # --- The command, and Ray's own client
@@ -777,6 +991,7 @@ def test_rays_client_goes_by_the_address_and_keeps_the_token(dashboard: Dashboar
     dashboard.answers["/api/jobs/known/logs"] = Answer({"logs": "hello\n"})
     dashboard.answers["/api/jobs/a/logs"] = Answer("no", 401)
     dashboard.answers["/api/jobs/b/logs"] = Answer("no", 403)
+    (tmp_path / ".netrc").write_text("machine 127.0.0.1 login me password other\n")
     code = """
         import asyncio, os, sys
         from memmeta.errors import MemmetaError
@@ -823,3 +1038,31 @@ def test_rays_client_goes_by_the_address_and_keeps_the_token(dashboard: Dashboar
         assert {token for _, _, token in there.seen} == {None}
     finally:
         there.close()
+
+
+def test_rays_client_sends_no_token_to_who_asks_for_none(dashboard: Dashboard, tmp_path: Path) -> None:
+    """Also where the environment tells it to."""
+    dashboard.token = None
+    dashboard.answers[HELLO] = Answer({"authentication_mode": "disabled"})
+    dashboard.answers["/api/jobs/known/logs"] = Answer({"logs": "hello\n"})
+    (tmp_path / ".netrc").write_text("machine 127.0.0.1 login me password other\n")
+    code = """
+        import asyncio, sys
+        from memmeta_workers.jobs import Jobs, _next
+
+        jobs = Jobs(sys.argv[1])
+        print(jobs.log("known"), end="")
+        try:
+            asyncio.run(_next(jobs._client.tail_job_logs("known")))
+        except Exception as error:
+            print(type(error).__name__)
+    """
+    path = os.pathsep.join(path for path in sys.path if path)
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code), dashboard.url],
+        env={**os.environ, "RAY_AUTH_MODE": "token", "PYTHONPATH": path},
+        cwd=tmp_path, capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert (done.returncode, done.stderr, done.stdout) == (0, "", "hello\nWSServerHandshakeError\n")
+    assert "/api/jobs/known/logs/tail" in {path for _, path, _ in dashboard.seen}
+    assert {token for _, _, token in dashboard.seen} == {None}

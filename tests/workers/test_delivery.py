@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import shutil
 import tarfile
 import tempfile
@@ -21,6 +22,7 @@ from memmeta_workers import job_commands
 from memmeta_workers.archives import pack_tar
 from memmeta_workers.checkpoints import name_of
 from memmeta_workers.delivery import PARCEL, Parcel, contents, deliver
+from memmeta_workers.door import command
 from memmeta_workers.jobs import Job, JobFailed
 from memmeta_workers.order import Order
 from memmeta_workers.runs import RunFolder
@@ -130,6 +132,7 @@ class Cluster:
         self.error: MemmetaError | None = None
         self.submitted: list[tuple[str, str, Mapping[str, str]]] = []
         self.stopped: list[str] = []
+        self.brought: list[Path] = []
         self.stop_error: MemmetaError | None = None
 
     def job(self, job_id: str) -> Job:
@@ -145,8 +148,12 @@ class Cluster:
     def wait(self, job_id: str) -> Job:
         return self.ended
 
-    def download(self, node: str, name: str, target: Path) -> None:
-        assert (node, name) == (self.parcel.node, self.parcel.name)
+    def hint(self, *words: str) -> str:
+        return command(*words)
+
+    def download(self, node: str, name: str, target: Path, size: int) -> None:
+        assert (node, name, size) == (self.parcel.node, self.parcel.name, self.parcel.bytes)
+        self.brought.append(target)
         target.write_bytes(self.bytes if self.error is None else self.bytes[:100])
         if self.error is not None:
             raise self.error
@@ -186,9 +193,11 @@ def test_a_run_comes_home(memmeta: Command, cluster: Cluster, here: Path) -> Non
     ]
     assert "fetched: runs/wave, " in done.out
     assert "picture: runs/wave/curves.png" in done.out
-    ((name, command, metadata),) = cluster.submitted
+    assert "to score it: memmeta evaluate runs/wave --experiment waves.py\n" in done.out
+    assert [path.parent for path in cluster.brought] == [here]  # on the disk where the run will be
+    ((name, words, metadata),) = cluster.submitted
     assert name.startswith("memmeta-fetch-")
-    assert command == "python -m memmeta_workers.delivery best"
+    assert words == "python -m memmeta_workers.delivery best"
     assert metadata == ORDER.metadata("fetch")  # not listed among the trainings, and it knows the run's folder
 
 
@@ -338,3 +347,80 @@ def test_a_job_that_packs_nothing(
     assert text in done.err
     assert done.err.count("\n") == 1
     assert list(here.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("again", "named"),
+    [
+        ("memmeta submit 'my waves/waves.py' --resume", "'my waves/waves.py'"),
+        ("memmeta submit ../waves.py --steps 3 --resume", "../waves.py"),
+        ("memmeta submit --steps 3 waves.py --resume", "waves.py"),
+        ("memmeta submit", "waves.py"),
+        ("it's", "waves.py"),
+    ],
+)
+def test_the_experiment_as_the_user_has_named_it(memmeta: Command, cluster: Cluster, again: str, named: str) -> None:
+    cluster.known = replace(cluster.known, metadata=replace(ORDER, again=again).metadata())
+    done = memmeta("fetch", "wave-1", "--to", "to here")
+    assert f"to score it: memmeta evaluate 'to here' --experiment {named}\n" in done.out
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"node": 5},
+        {"name": None},
+        {"bytes": "7"},
+        {"bytes": True},
+        {"bytes": -1},
+        {"bytes": 7.0},
+        {"sha256": ["x"]},
+        {"left": 0},
+        {"more": "x"},
+    ],
+)
+def test_a_parcel_that_is_told_oddly(memmeta: Command, cluster: Cluster, here: Path, change: dict[str, Any]) -> None:
+    cluster.lines = [PARCEL + json.dumps({**asdict(cluster.parcel), **change})]
+    check_refused(memmeta, here)
+
+
+@pytest.mark.parametrize("text", ["", "null", "[]", "{}", "{", '"x"', "[" * 100_000, '{"node": "n"}'])
+def test_a_parcel_that_is_none(memmeta: Command, cluster: Cluster, here: Path, text: str) -> None:
+    cluster.lines = [PARCEL + text]
+    check_refused(memmeta, here)
+
+
+def check_refused(memmeta: Command, here: Path) -> None:
+    done = memmeta("fetch", "wave-1")
+    assert done.code == 1
+    assert done.err.startswith("memmeta: error: what the cluster says of the packed run can't be understood")
+    assert done.err.count("\n") == 1
+    assert list(here.iterdir()) == []
+
+
+def test_a_parcel_is_told_and_understood(cluster: Cluster) -> None:
+    cluster.stopped.clear()
+    assert Parcel.of(json.dumps(asdict(cluster.parcel))) == cluster.parcel
+
+
+def test_words_for_the_terminal_are_shown(memmeta: Command, cluster: Cluster) -> None:
+    cluster.parcel = replace(cluster.parcel, left="its checkpoints are \x1b]0;elsewhere\x07")
+    assert r"its checkpoints are \x1b]0;elsewhere\x07" in memmeta("fetch", "wave-1").out
+
+
+@pytest.mark.parametrize("there", [False, True])
+def test_an_archive_is_its_owners_alone(tmp_path: Path, there: bool) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "a").write_text("x")
+    archive = tmp_path / "a.tar"
+    if there:
+        archive.write_text("before" * 10_000)
+        archive.chmod(0o644)
+    before = os.umask(0)
+    try:
+        pack_tar(tmp_path / "run", ["a"], archive)
+    finally:
+        os.umask(before)
+    assert archive.stat().st_mode & 0o777 == 0o600
+    with tarfile.open(archive) as packed:
+        assert packed.getnames() == ["a"]

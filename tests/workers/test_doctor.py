@@ -5,14 +5,16 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, ClassVar
 
 import pytest
 
 from memmeta.errors import InputError
-from memmeta_workers import doctor, nodes
+from memmeta_workers import doctor, jobs, nodes
 from memmeta_workers.cli import main
 from memmeta_workers.doctor import Verdict, cluster_verdicts, local_report, main_on_cluster, verdicts
+from memmeta_workers.failures import JobFailed
 
 GIB = 1 << 30
 SECRET = "5ecret" * 8
@@ -346,3 +348,62 @@ def test_bad_input(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.Monke
         main_on_cluster(["--on-cluster"])
     with pytest.raises(InputError, match="required: --on-cluster"):
         main_on_cluster([])
+
+
+@pytest.mark.parametrize("reports", [[{}], [5], 5, {"a": 1}, [{"id": "1"}], [{**node("1"), "facts": {}}], None])
+def test_reports_that_nobody_understands(
+    home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], reports: Any
+) -> None:
+    monkeypatch.setattr(doctor, "local_report", lambda run_dir: facts())
+    monkeypatch.setattr(doctor, "_of_cluster", lambda *arguments: reports)
+    assert main(["doctor", "--address", "http://head:8265"]) == 1
+    captured = capsys.readouterr()
+    assert captured.err.startswith("memmeta: error: what the cluster at http://head:8265 has found can't be understood")
+    assert captured.err.count("\n") == 1
+
+
+class Cluster:
+    """Plays ``Jobs``: a job that prints this."""
+
+    url = "http://head:8265"
+    lines: ClassVar[list[str]] = []
+
+    def __init__(self, address: str, insecure: bool) -> None:
+        self.asked: list[str] = []
+
+    def submit(self, job_id: str, command: str, metadata: dict[str, str]) -> None:
+        assert metadata == {"memmeta": "doctor"}
+
+    def follow(self, job_id: str) -> list[str]:
+        return self.lines
+
+
+@pytest.mark.parametrize("text", ["", "{", "[" * 100_000])
+def test_a_damaged_report(monkeypatch: pytest.MonkeyPatch, text: str) -> None:
+    monkeypatch.setattr(jobs, "Jobs", Cluster)
+    monkeypatch.setattr(Cluster, "lines", ["hello", doctor.FOUND + text])
+    with pytest.raises(JobFailed, match="can't be understood"):
+        doctor._of_cluster("http://head:8265", None)
+    monkeypatch.setattr(Cluster, "lines", ["hello", f"{doctor.FOUND}[]"])
+    assert doctor._of_cluster("http://head:8265", None) == []
+
+
+def test_what_a_node_says_does_not_steer_the_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    doctor.show("there", [Verdict("ok", "a\x9b", "b\x1b[31m ±")])
+    assert capsys.readouterr().out == "there:\n  ok      a\\x9b  b\\x1b[31m ±\n"
+
+
+def test_a_run_folder_below_a_home(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As jobs take it."""
+    asked: list[str] = []
+    monkeypatch.setitem(sys.modules, "ray", SimpleNamespace(init=lambda **options: None, shutdown=lambda: None))
+    monkeypatch.setattr(nodes, "survey", lambda modules, folder: asked.append(folder) or [])
+    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")
+    monkeypatch.delenv("MEMMETA_RUNS", raising=False)
+    for given in ("~/x", "x", "/x"):
+        assert main_on_cluster(["--on-cluster", "--run-dir", given]) == 0
+    assert main_on_cluster(["--on-cluster"]) == 0
+    assert asked == [f"{home}/x", f"{home}/memmeta-runs/x", "/x", f"{home}/memmeta-runs"]
+    with pytest.raises(InputError, match="no such user on the cluster"):
+        main_on_cluster(["--on-cluster", "--run-dir", "~nobody-of-that-name/x"])
+    assert local_report("~/x")["folder"]["path"] == f"{home}/x"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import platform
@@ -27,9 +26,11 @@ from memmeta_workers import job as job_module
 from memmeta_workers import submit as module
 from memmeta_workers.capacity import Asked, asked, room, total
 from memmeta_workers.checking import FACTS
+from memmeta_workers.door import command
 from memmeta_workers.failures import JobFailed
 from memmeta_workers.job import CHECKED, imported
 from memmeta_workers.jobs import ClusterNode, Job
+from memmeta_workers.options import submit_parser
 from memmeta_workers.order import Order, commit_of
 from memmeta_workers.policies import Crew
 from memmeta_workers.runs import memmeta_version
@@ -47,9 +48,9 @@ def cluster(*sizes: float | tuple[float, float]) -> list[ClusterNode]:
 def wishes(**changes: Any) -> dict[str, Any]:
     """What the check tells of the options, but for what is said."""
     usual: dict[str, Any] = dict.fromkeys(
-        ("threads", "gpus_per_worker", "resume", "run_dir", "checkpoints", "patience")
+        ("workers", "threads", "gpus_per_worker", "resume", "run_dir", "checkpoints", "patience")
     )
-    return {**usual, "workers": "0", "device": "auto", **changes}
+    return {**usual, "device": "auto", **changes}
 
 
 def refusal(act: Callable[[], object], kind: type[MemmetaError] = InputError) -> str:
@@ -74,7 +75,7 @@ def refusal(act: Callable[[], object], kind: type[MemmetaError] = InputError) ->
         ("exp.py --address=http://h:8265 --run-dir=x", "--address=http://h:8265 --run-dir=x", "exp.py"),
         ("exp.py --job_id a --any_version", "--job-id a --any-version", "exp.py"),
         ("exp.py --run_dir=a_b --inner_lr 1", "--run-dir=a_b", "exp.py --inner_lr 1"),
-        ("exp.py --exclude '[a, b]' --resume", "--exclude '[a, b]'", "exp.py --resume"),
+        ("exp.py --exclude 'a b' --resume --exclude=c", "--exclude 'a b' --exclude=c", "exp.py --resume"),
         ("exp.py --most-megabytes 5 --shared-run-dir false", "--most-megabytes 5 --shared-run-dir false", "exp.py"),
         ("exp.py --working-dir", "--working-dir", "exp.py"),
         ("exp.py --insecure --seed -1", "--insecure", "exp.py --seed -1"),
@@ -82,7 +83,7 @@ def refusal(act: Callable[[], object], kind: type[MemmetaError] = InputError) ->
     ],
 )
 def test_submits_own_options_and_the_jobs(argv: str, own: str, rest: str) -> None:
-    assert module._split(shlex.split(argv)) == (shlex.split(own), shlex.split(rest))
+    assert submit_parser().split(shlex.split(argv)) == (shlex.split(own), shlex.split(rest))
 
 
 def lay(folder: Path, *names: str) -> None:
@@ -253,11 +254,8 @@ def test_what_is_asked_for_in_words(wanted: Asked, text: str) -> None:
     assert str(wanted) == text
 
 
-def resources(
-    *, explicit: bool = False, wait: bool = False, nodes: Sequence[Any] = (4, 4), **changes: Any
-) -> list[str]:
-    values: Any = argparse.Namespace(wait=wait)
-    return module._resources(wishes(**changes), cluster(*nodes), values, explicit)
+def resources(*, wait: bool = False, nodes: Sequence[Any] = (4, 4), **changes: Any) -> list[str]:
+    return module._resources(wishes(**changes), cluster(*nodes), wait)
 
 
 @pytest.mark.parametrize(
@@ -267,14 +265,15 @@ def resources(
         ({"workers": "2"}, "--threads 4"),
         ({"threads": 2}, "--workers 2"),
         ({"workers": "1:3", "threads": 2}, ""),
-        ({"wait": True}, "--workers 2 --threads 4 --patience 2592000"),
-        ({"wait": True, "patience": 5.0}, "--workers 2 --threads 4"),
-        ({"workers": "9:9", "wait": True}, "--threads 1 --patience 2592000"),
+        ({"wait": True}, "--workers 2 --threads 4"),
+        ({"workers": "9:9", "wait": True}, "--threads 1"),
         # As many as the run had, as it had them.
         ({"resume": "last"}, ""),
         ({"resume": "last", "workers": "2"}, ""),
         # --workers 0: all on the head.
-        ({"explicit": True}, ""),
+        ({"workers": "0"}, ""),
+        ({"workers": "0", "wait": True, "resume": "last"}, ""),
+        ({"wait": True, "resume": "last"}, ""),
         ({"checkpoints": "s3://bucket/run"}, "--workers 2 --threads 4"),
         ({"checkpoints": "/data/run"}, "--workers 2 --threads 4"),
     ],
@@ -319,18 +318,18 @@ def test_what_there_is_no_room_for(changes: dict[str, Any], text: str) -> None:
         ("--resume exp.py", "exp.py --run-dir run --resume"),
         ("exp.py --resume-from there", "exp.py --resume-from there --run-dir run --resume"),
         ("exp.py --resume last --name last", "exp.py --name last --run-dir run --resume"),
-        ("'my exp.py' --exclude '[a b]'", "'my exp.py' --exclude '[a b]' --run-dir run --resume"),
+        ("'my exp.py' --exclude 'a b' --exclude=c", "'my exp.py' --exclude 'a b' --exclude=c --run-dir run --resume"),
         ("exp.py --job-id --run-dir --wait", "exp.py --wait --run-dir run --resume"),
     ],
 )
 def test_the_command_that_goes_on(argv: str, again: str) -> None:
-    assert module._again("exp.py", shlex.split(argv), "run") == f"memmeta submit {again}"
+    assert module._again(shlex.split(argv), "run") == f"memmeta submit {again}"
 
 
 OPTIONS = st.lists(
     st.sampled_from(
         [
-            *("--follow", "--wait", "--any_version", "--address=http://h:1", "--exclude '[a, b c]'", "--steps 5"),
+            *("--follow", "--wait", "--any_version", "--address=http://h:1", "--exclude 'a, b c'", "--steps 5"),
             *(
                 "--config c.yaml",
                 "--inner_lr=0.1",
@@ -348,17 +347,17 @@ OPTIONS = st.lists(
 @given(options=OPTIONS, before=st.integers(0, 3))
 def test_it_submits_with_the_same_options(options: list[str], before: int) -> None:
     words = [word for option in [*options[:before], "exp.py", *options[before:]] for word in shlex.split(option)]
-    again = shlex.split(module._again("exp.py", words, "my run"))
+    again = shlex.split(module._again(words, "my run"))
     assert again[:2] == ["memmeta", "submit"]
     assert again[-3:] == ["--run-dir", "my run", "--resume"]
     # From there on it stays the same.
-    assert shlex.split(module._again("exp.py", again[2:], "my run")) == again
+    assert shlex.split(module._again(again[2:], "my run")) == again
 
     def own(argv: Sequence[str]) -> dict[str, Any]:
-        return {**vars(module._parser().parse(module._split(argv)[0])), "run_dir": None, "job_id": None}
+        return {**vars(submit_parser().parse(submit_parser().split(argv)[0])), "run_dir": None, "job_id": None}
 
     def of_the_job(argv: Sequence[str]) -> list[str]:
-        return [word for word in module._split(argv)[1] if not word.startswith(("--resume", "step-"))]
+        return [word for word in submit_parser().split(argv)[1] if not word.startswith(("--resume", "step-"))]
 
     assert own(again[2:]) == own(words)
     assert of_the_job(again[2:]) == of_the_job(words)
@@ -448,6 +447,7 @@ class Watched:
 
     lines: Sequence[str | BaseException]
     job: Job
+    hint = staticmethod(command)
 
     def follow(self, job_id: str) -> Iterator[str]:
         for line in self.lines:
@@ -488,7 +488,7 @@ def test_no_longer_watching_leaves_the_job_alone(capsys: pytest.CaptureFixture[s
 
 TEXTS = st.text(st.characters(codec="utf-8"), max_size=20)
 ORDERS = st.builds(
-    Order, *[TEXTS] * 8, any_version=st.booleans(), shared_run_dir=st.booleans()
+    Order, *[TEXTS] * 8, any_version=st.booleans(), shared_run_dir=st.booleans(), wait=st.booleans()
 )  # fmt: skip
 
 
@@ -520,7 +520,7 @@ def test_a_job_of_others_has_no_order(metadata: dict[str, str]) -> None:
     assert Order.of(metadata) is None
 
 
-@pytest.mark.parametrize("name", ["any_version", "shared_run_dir"])
+@pytest.mark.parametrize("name", ["any_version", "shared_run_dir", "wait"])
 @pytest.mark.parametrize("text", ["", "yes", "True", "{"])
 def test_an_order_with_garbage_is_none(name: str, text: str) -> None:
     assert Order.of({**ORDER.metadata(), f"memmeta.{name}": text}) is None
@@ -684,6 +684,7 @@ class Cluster:
     """Plays ``Jobs``: a cluster of two nodes, which remembers what was submitted."""
 
     made: ClassVar[list[Cluster]] = []
+    hint = staticmethod(command)
     nodes_there: ClassVar[list[ClusterNode]] = cluster(4, 4)
 
     def __init__(self, address: str | None, insecure: bool, note: Callable[[str], None]) -> None:
@@ -769,9 +770,10 @@ def test_a_good_experiment_is_checked_and_submitted(
     assert lines[0].startswith(f"to ship: 3 files of {folder}, ")
     assert lines[1].startswith("checked: one task's meta-gradient, ")
     assert lines[1].endswith(" s; 7 outer steps")
-    assert lines[2:5] == [
+    assert lines[2:6] == [
         "cluster: 2 nodes, 8 CPUs, no GPU",
         "asked for: 2 workers of 4 CPUs",
+        "sent: it begins when the cluster has looked at its nodes, and workers are there",
         f"{CHECKED}2 nodes; run folder: /runs/x",
     ]
 
@@ -788,7 +790,7 @@ def test_a_good_experiment_is_checked_and_submitted(
             2,
             "experiment(wait=...): that is an option of memmeta submit",
         ),
-        (None, ["--exclude", "[data]"], 1, "No such file or directory: 'data/text'"),
+        (None, ["--exclude", "data"], 1, "No such file or directory: 'data/text'"),
     ],
 )
 def test_a_bad_one_is_not_sent(
@@ -856,7 +858,9 @@ def _no_check(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_without_a_check_it_is_sent_as_it_is(memmeta: Command, folder: Path, there: list[Cluster]) -> None:
     (folder / "exp.py").write_text("import only_on_the_cluster\n")
     flags = ["--no-check", "--follow", "--wait", "--any-version", "--insecure", "--shared-run-dir", "false"]
-    done = memmeta("submit", folder / "exp.py", *flags, "--run-dir", "/data/run", "--exclude", "[data]")
+    done = memmeta(
+        "submit", folder / "exp.py", *flags, "--run-dir", "/data/run", "--exclude", "*.none", "--exclude", "data/"
+    )
     assert done.code == 0, done.err
     (sent,) = there[0].submitted
     assert there[0].insecure
@@ -866,7 +870,8 @@ def test_without_a_check_it_is_sent_as_it_is(memmeta: Command, folder: Path, the
         True,
         False,
     )
-    assert sent["command"].endswith("exp.py --workers 2 --threads 4 --patience 2592000")
+    assert sent["command"].endswith("exp.py --workers 2 --threads 4")
+    assert sent["order"].wait
     assert sent["id"] == done.out.split()[0]
     assert sent["id"].startswith("memmeta-exp-")
     assert f"{CHECKED}2 nodes; run folder: /runs/x" in done.out

@@ -28,13 +28,17 @@ def pack_tar(folder: Path, names: Sequence[str], target: Path) -> None:
     Args:
         folder: a run's folder.
         names: of files and folders in it, with slashes.
-        target: the archive; replaced if it is there, and removed if this fails.
+        target: the archive, for its owner alone; replaced if it is there, and removed if this fails.
 
     Raises:
         InputError: a name leads outside the folder, or there is no such file; one can't be read (or vanished
             meanwhile); or the archive can't be written.
     """
-    with whole(target), tarfile.open(target, "w", format=tarfile.PAX_FORMAT, encoding="utf-8") as archive:
+    with (
+        whole(target),
+        open(target, "wb", opener=_for_its_owner) as file,
+        tarfile.open(fileobj=file, mode="w", format=tarfile.PAX_FORMAT, encoding="utf-8") as archive,
+    ):
         for name in sorted(set(names)):
             if _flaw(name):
                 raise InputError(f"{name!a} is not the name of something in {folder}: {_flaw(name)}")
@@ -91,6 +95,13 @@ def unpack(archive: BinaryIO | Path, target: Path, most: int) -> None:
         except BaseException:
             _remove_empty(made)
             raise
+
+
+def _for_its_owner(path: str, flags: int) -> int:
+    """Opens a file that nobody else can read, also where there was one that others could."""
+    found = os.open(path, flags, 0o600)
+    os.fchmod(found, 0o600)
+    return found
 
 
 def _flaw(name: str) -> str | None:

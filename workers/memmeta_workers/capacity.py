@@ -47,7 +47,7 @@ def asked(facts: Mapping[str, Any], cluster: Sequence[ClusterNode]) -> Asked:
     if gpus is None:
         gpus = 1.0 if facts["device"] == "cuda" or (facts["device"] == "auto" and has) else 0.0
     many = room(cluster, 1, gpus) if gpus else sum(node.cpus >= 1 for node in cluster)
-    crew = Crew.parse(facts["workers"]) or Crew(1, max(1, many))
+    crew = Crew.parse(facts["workers"] or "0") or Crew(1, max(1, many))
     most = int(max((node.cpus for node in cluster), default=1))
     fitting = (cpus for cpus in range(most, 0, -1) if room(cluster, cpus, gpus) >= crew.most)
     return Asked(crew, facts["threads"] or next(fitting, 1), gpus)

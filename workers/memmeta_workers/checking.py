@@ -19,18 +19,13 @@ from . import cli, devices
 from .compute import check_tasks
 from .experiment import Experiment, load
 from .local import parameters_on_cpu
-from .options import check_required, find_file, parameters, train_parser
+from .options import check_required, find_file, parameters, submit_parser, train_parser
 from .recipe import from_values
 from .update import OuterUpdate
 
 FACTS = "memmeta-facts: "
 # What submit must know of the options, whether they were given on the command line or in a --config file.
 OPTIONS = ("workers", "threads", "gpus_per_worker", "device", "resume", "run_dir", "checkpoints", "patience")
-# Options of submit that train does not have.
-SUBMITS = (
-    "working_dir", "exclude", "most_megabytes", "job_id", "no_check", "follow", "wait", "any_version",
-    "shared_run_dir", "insecure",
-)  # fmt: skip
 
 
 def check(argv: Sequence[str]) -> int:
@@ -44,14 +39,17 @@ def check(argv: Sequence[str]) -> int:
     if name is None:
         raise InputError("memmeta submit needs an experiment file: memmeta submit FILE.py")
     file = load(name)
-    values = train_parser(file).parse(argv)
+    parser = train_parser(file)
+    parser.parser.set_defaults({"workers": ""})  # to be told from --workers 0
+    values = parser.parse(argv)
     check_required(file, values)
-    if taken := sorted(parameters(file.function).keys() & set(SUBMITS)):
+    if taken := sorted(parameters(file.function).keys() & submit_parser().names()):
         raise InputError(f"experiment({taken[0]}=...): that is an option of memmeta submit; rename the argument")
     devices.use("cpu", values.threads or 1)
     experiment = tiny(devices.place(from_values(file, values), "cpu"))
     check_tasks(experiment, OuterUpdate(parameters_on_cpu(experiment.learner), experiment.outer).sums_layout)
     facts: dict[str, Any] = {option: values[option] for option in OPTIONS}
+    facts["workers"] = values.workers or None
     facts.update(steps=experiment.steps, sha256=file.sha256, seconds=time.perf_counter() - began)
     print(f"\n{FACTS}{json.dumps(facts, default=str)}")  # what the experiment prints may not end its line
     return 0
@@ -64,7 +62,12 @@ def tiny(experiment: Experiment) -> Experiment:
     )
 
 
-if __name__ == "__main__":
+def main() -> None:
+    """The command."""
     cli.working_directory_last()
     os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
     sys.exit(cli.guarded(check, sys.argv[1:]))
+
+
+if __name__ == "__main__":
+    main()

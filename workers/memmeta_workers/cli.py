@@ -14,6 +14,8 @@ from types import TracebackType
 from memmeta.errors import MemmetaError, NonFiniteError
 
 DONE, FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
+# What is said of a run that did not end by itself.
+AT_ONCE = "stopped at once; a run's last checkpoint is as it was"
 # Where each command is; imported when it is asked for.
 COMMANDS = {
     "train": "commands",
@@ -51,7 +53,7 @@ On a Ray cluster, through its dashboard (--address http://HEAD:8265):
   memmeta doctor             look over this machine, or with --address a cluster, and say what to change
 
   memmeta --version
-  memmeta COMMAND --help     all options of a command; after FILE.py those of the experiment too
+  memmeta COMMAND --help     all options of a command; memmeta train FILE.py --help: those of the experiment too
 
 exit codes: 0 done; 1 the run failed; 2 bad input; 130 interrupted, after a checkpoint
 """
@@ -63,17 +65,24 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     0: done. 2: bad input, one line on stderr, nothing half-written. 1: a run failed. 130: interrupted.
     """
-    return guarded(_dispatch, list(sys.argv[1:] if argv is None else argv))
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    return guarded(_dispatch, arguments, AT_ONCE if arguments[:1] == ["train"] else "stopped")
 
 
-def guarded(command: Callable[[list[str]], int], arguments: list[str]) -> int:
-    """Runs a command; what it raises becomes one line on stderr and an exit code, as ``main`` has them."""
+def guarded(command: Callable[[list[str]], int], arguments: list[str], interrupted: str = "stopped") -> int:
+    """Runs a command; what it raises becomes one line on stderr and an exit code, as ``main`` has them.
+
+    Args:
+        command: what is run.
+        arguments: its own.
+        interrupted: what is said of a ``KeyboardInterrupt``.
+    """
     try:
         return command(arguments)
     except MemmetaError as error:
         return _say(error)
     except KeyboardInterrupt:
-        sys.stderr.write("memmeta: stopped at once; a run's last checkpoint is as it was\n")
+        sys.stderr.write(f"memmeta: {interrupted}\n")
         return INTERRUPTED
     except SystemExit as error:
         return error.code if isinstance(error.code, int) else DONE

@@ -38,6 +38,8 @@ def train(
     before: Callable[[ExperimentFile, Namespace], None] = _nothing,
     again: str | None = None,
     every: float = PLAIN_SECONDS,
+    begun: Callable[[], None] = lambda: None,
+    patience: float | None = None,
 ) -> int:
     """``memmeta train FILE.py``: returns the exit code.
 
@@ -46,6 +48,8 @@ def train(
         before: called when the cluster, if there is one, is there, and nothing else has been done.
         again: the command that goes on with the run, for the user; this one if not given.
         every: seconds after which, outside a terminal, there is a new line of progress.
+        begun: called when the run has begun, or gone back to its checkpoint.
+        patience: seconds to wait for workers, if there are any and --patience is not given.
 
     Raises:
         InputError: bad input; nothing was written.
@@ -68,6 +72,10 @@ def train(
         stored = folder.config()
         stored.check_file(file.path, file.sha256)
         values = _resumed(parser, argv, file, stored)
+        with folder.locked():
+            pass  # refused here, before anything is asked of a cluster; the run locks it for itself
+    if patience is not None and values.patience is None and values.workers != "0":
+        values.patience = patience
     place = None if values.checkpoints is None else absolute(values.checkpoints)
     check_required(file, values)
     shown = display(_console(), every)
@@ -93,6 +101,7 @@ def train(
             run.begin()
         else:
             run.resume(values.resume)
+        begun()
         began = time.perf_counter()
         run.train()
         summary = run.finish(time.perf_counter() - began)

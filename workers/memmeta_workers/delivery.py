@@ -26,6 +26,7 @@ from memmeta.errors import InputError
 from . import cli
 from .archives import pack_tar
 from .checkpoints import name_of
+from .failures import JobFailed
 from .order import Order
 from .runs import RunFolder
 from .stores import LocalStore
@@ -52,6 +53,23 @@ class Parcel:
     bytes: int
     sha256: str
     left: str = ""
+
+    @classmethod
+    def of(cls, text: str) -> Parcel:
+        """A parcel as the cluster announces it, as JSON.
+
+        Raises:
+            JobFailed: it is no such thing.
+        """
+        kinds = {"node": str, "name": str, "bytes": int, "sha256": str, "left": str}
+        try:
+            told: Any = json.loads(text)
+        except (ValueError, RecursionError):
+            told = None
+        right = isinstance(told, dict) and {name: type(value) for name, value in told.items()} == kinds
+        if not right or told["bytes"] < 0:
+            raise JobFailed("what the cluster says of the packed run can't be understood: it may have another memmeta")
+        return cls(**told)
 
 
 def contents(folder: RunFolder, checkpoint: str) -> tuple[list[str], str]:

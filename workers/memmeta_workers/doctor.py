@@ -14,13 +14,14 @@ import secrets
 import shlex
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal, NoReturn
+from pathlib import Path
+from typing import Any, NoReturn
 
 from memmeta.errors import InputError
 
 from . import access, cli, nodes, probe
 from .failures import JobFailed
+from .verdict import Verdict, show
 
 # The line by which a job on the cluster hands over what it found.
 FOUND = "memmeta-doctor: "
@@ -29,25 +30,6 @@ _EXTRAS = ("service", "plots")
 # What Ray takes of the available memory for its object store, and the most it takes by itself; a /dev/shm of 10 GB or
 # more limits it further, a smaller one it does without (2.60; the first two and the limit are in ray.init's docs).
 _STORE_PART, _STORE_MOST, _SHM_PART, _SHM_LEAST = 0.3, 200_000_000_000, 0.95, 10_000_000_000
-_MARKS = {"ok": "ok", "note": "note", "problem": "PROBLEM"}
-_COLOURS = {"ok": "green", "note": "yellow", "problem": "red"}
-
-Mark = Literal["ok", "note", "problem"]
-
-
-@dataclass(frozen=True)
-class Verdict:
-    """One line.
-
-    Attributes:
-        mark: "ok"; "note": good to know; "problem": something will not work, or not well.
-        about: what was looked at, in a word or two.
-        text: what was found, and unless all is well what to do.
-    """
-
-    mark: Mark
-    about: str
-    text: str
 
 
 def doctor(argv: Sequence[str]) -> int:
@@ -55,12 +37,17 @@ def doctor(argv: Sequence[str]) -> int:
 
     Raises:
         InputError: bad input, or nobody answers at ``--address``.
+        JobFailed: the cluster can't tell.
     """
     values = _arguments().parse_args(list(argv))
     found = verdicts(local_report(values.run_dir if values.address is None else None))
     show("this machine", found)
     if values.address is not None:
-        there = cluster_verdicts(_of_cluster(values.address, values.run_dir, values.insecure))
+        reports = _of_cluster(values.address, values.run_dir, values.insecure)
+        try:
+            there = cluster_verdicts(reports)
+        except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
+            raise _unclear(values.address) from error
         show(f"the cluster at {values.address}", there)
         found = [*found, *there]
     return 1 if any(verdict.mark == "problem" for verdict in found) else 0
@@ -78,9 +65,16 @@ def _of_cluster(address: str, run_dir: str | None, insecure: bool = False) -> li
     lines = list(jobs.follow(job_id))
     for line in lines:
         if line.startswith(FOUND):
-            return json.loads(line[len(FOUND) :])
-    outcome(jobs.wait(job_id), lines)
-    raise JobFailed(f"job {job_id} has found nothing: see memmeta logs {job_id}")
+            try:
+                return json.loads(line[len(FOUND) :])
+            except (ValueError, RecursionError) as error:
+                raise _unclear(jobs.url) from error
+    outcome(jobs.wait(job_id), lines, jobs.hint)
+    raise JobFailed(f"job {job_id} has found nothing: see {jobs.hint('logs', job_id)}")
+
+
+def _unclear(address: str) -> JobFailed:
+    return JobFailed(f"what the cluster at {address} has found can't be understood: it may have another memmeta")
 
 
 def main_on_cluster(argv: Sequence[str]) -> int:
@@ -98,12 +92,16 @@ def main_on_cluster(argv: Sequence[str]) -> int:
     address = os.environ.get("RAY_ADDRESS")
     if not address:
         raise InputError("RAY_ADDRESS is not set: this runs in a job on a cluster; write memmeta doctor --address URL")
+    try:
+        folder = runs_root() / Path(values.run_dir or "").expanduser()
+    except RuntimeError as error:
+        raise InputError(f"--run-dir {values.run_dir}: no such user on the cluster; name another folder") from error
     import ray
 
     options: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
     ray.init(address=address, **options)
     try:
-        reports = nodes.survey([], str(runs_root() / (values.run_dir or "")))
+        reports = nodes.survey([], str(folder))
     finally:
         ray.shutdown()
     print(FOUND + json.dumps([report.to_json() for report in reports]), flush=True)
@@ -121,7 +119,7 @@ def local_report(run_dir: str | None = None) -> dict[str, Any]:
         is not installed. ``omp`` is OMP_NUM_THREADS. In ``token``: ``mode`` (RAY_AUTH_MODE), ``source`` (where a token
         was found; never the token), ``path`` (where it is looked for last), ``readable`` (by others) and ``error``.
     """
-    folder = None if run_dir is None else os.path.abspath(run_dir)
+    folder = None if run_dir is None else os.path.abspath(os.path.expanduser(run_dir))
     extras = {name: {package: _installed(package) for package in _needed(name)} for name in _EXTRAS}
     return {
         **probe.look([], folder, secrets.token_hex(8)),
@@ -350,36 +348,6 @@ def _of_node(name: str, report: nodes.NodeReport, facts: Mapping[str, Any]) -> l
         text = "it has GPUs, but its torch is built without CUDA: install a build of torch for CUDA (pytorch.org)"
         lines.append(Verdict("problem", name, text))
     return lines
-
-
-def show(title: str, found: Sequence[Verdict]) -> None:
-    """Prints verdicts, coloured in a terminal that rich is installed for."""
-    width = max((len(verdict.about) for verdict in found), default=0)
-    paint = _painter()
-    print(f"{title}:")
-    for verdict in found:
-        print(f"  {paint(verdict.mark)} {verdict.about.ljust(width)}  {verdict.text}")
-    sys.stdout.flush()
-
-
-def _painter() -> Any:
-    """A function from a mark to its text."""
-    plain = {mark: text.ljust(max(map(len, _MARKS.values()))) for mark, text in _MARKS.items()}
-    try:
-        from rich.console import Console
-        from rich.markup import escape
-    except ModuleNotFoundError:
-        return plain.__getitem__
-    console = Console()
-    if not console.is_terminal:
-        return plain.__getitem__
-
-    def paint(mark: str) -> str:
-        with console.capture() as captured:
-            console.print(f"[{_COLOURS[mark]}]{escape(plain[mark])}[/]", end="", soft_wrap=True)
-        return captured.get()
-
-    return paint
 
 
 class _Arguments(argparse.ArgumentParser):

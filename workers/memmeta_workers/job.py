@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import ast
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from jsonargparse import Namespace
@@ -24,6 +24,8 @@ CHECKED = "checked on the cluster: "
 NOTE = "memmeta: note: "
 # How long a job that is asked to stop may take for its tasks under way and a checkpoint.
 STOP_SECONDS = 600
+# How long a job that is told to wait does so for workers, in seconds.
+_STRETCH = 30 * 24 * 3600.0
 # A line of progress at least so often, for those who follow.
 _EVERY = 10.0
 
@@ -38,13 +40,23 @@ def job(argv: Sequence[str]) -> int:
     order = Order.here()
     order.check_versions()
     folder = order.folder()
+    lines: list[str] = []
 
     def before(file: ExperimentFile, values: Namespace) -> None:
         there = _look(file, folder, order) if values.workers != "0" else "the head alone"
-        print(f"{CHECKED}{there}; run folder: {folder}", flush=True)
+        lines.append(f"{CHECKED}{there}; run folder: {folder}")
+        if order.wait:
+            begun()  # that may be days away
+
+    def begun() -> None:
+        while lines:
+            print(lines.pop(), flush=True)
 
     try:
-        return commands.train([*argv, "--run-dir", str(folder)], before=before, again=order.again, every=_EVERY)
+        return commands.train(
+            [*argv, "--run-dir", str(folder)],
+            before=before, again=order.again, every=_EVERY, begun=begun, patience=_STRETCH if order.wait else None,
+        )  # fmt: skip
     except InputError as error:
         if isinstance(error.__cause__, ModuleNotFoundError):
             raise InputError(
@@ -60,7 +72,7 @@ def _look(file: ExperimentFile, folder: Path, order: Order) -> str:
     Raises:
         InputError: what is wrong with those that answer.
     """
-    reports = nodes.survey(sorted(imported(file.path, Path.cwd())), str(folder.parent))
+    reports = nodes.survey(sorted(imported(file.path, Path.cwd())), str(folder if folder.is_dir() else folder.parent))
     answering = [report for report in reports if report.facts is not None] or reports
     if wrong := nodes.problems(answering, shared=order.shared_run_dir, any_version=order.any_version):
         raise InputError("; ".join(wrong))
@@ -84,32 +96,44 @@ def imported(path: Path, root: Path) -> set[str]:
         if one in seen:
             continue
         seen.add(one)
-        for name in _names(one):
-            beside = [
-                Path(folder, f"{name}{rest}") for folder in {path.parent, root} for rest in (".py", "/__init__.py")
-            ]
-            local = [place for place in beside if place.is_file()]
-            waiting.extend(local)
-            if not local and name not in sys.stdlib_module_names:
-                found.add(name)
+        for level, parts in _names(one):
+            if level:
+                waiting.extend(_files([one.parents[min(level, len(one.parents)) - 1]], parts))
+            elif any(_holds(folder, parts[0]) for folder in {path.parent, root}):
+                waiting.extend(_files({path.parent, root}, parts))
+            elif parts[0] not in sys.stdlib_module_names:
+                found.add(parts[0])
     return found
 
 
-def _names(path: Path) -> set[str]:
-    """What a file imports at its top level, where an import is not tried but needed."""
+def _holds(folder: Path, name: str) -> bool:
+    """Whether a module or package of that name lies in a folder: of Python or compiled, or without __init__.py."""
+    return (folder / name).is_dir() or any(path.suffix in (".py", ".so", ".pyd") for path in folder.glob(f"{name}.*"))
+
+
+def _files(folders: Iterable[Path], parts: Sequence[str]) -> list[Path]:
+    """The files that Python runs for ``import a.b.c`` where ``a`` lies in one of the folders."""
+    deep = [folder.joinpath(*parts[:count]) for folder in folders for count in range(1, len(parts) + 1)]
+    found = [place for path in deep for place in (path / "__init__.py", path.parent / f"{path.name}.py")]
+    return [place for place in found if place.is_file()]
+
+
+def _names(path: Path) -> set[tuple[int, tuple[str, ...]]]:
+    """What a file imports at its top level, where an import is not tried but needed: leading dots, and the rest."""
     try:
         tree = ast.parse(path.read_bytes())
     except (OSError, SyntaxError, ValueError):
         return set()
-    names: set[str] = set()
+    names: set[tuple[int, tuple[str, ...]]] = set()
     for node in tree.body:
         if isinstance(node, ast.Import):
-            names.update(alias.name.partition(".")[0] for alias in node.names)
-        elif isinstance(node, ast.ImportFrom) and node.level == 0 and node.module:
-            names.add(node.module.partition(".")[0])
+            names.update((0, tuple(alias.name.split("."))) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = tuple(node.module.split(".")) if node.module else ()
+            names.update((node.level, (*base, alias.name)) for alias in node.names)
     return names
 
 
 if __name__ == "__main__":
     cli.working_directory_last()
-    sys.exit(cli.guarded(job, sys.argv[1:]))
+    sys.exit(cli.guarded(job, sys.argv[1:], cli.AT_ONCE))

@@ -72,6 +72,7 @@ class Parser:
             prog=f"memmeta {command}", description=description, exit_on_error=False, allow_abbrev=False
         )
         self._types: dict[str, Any] = {}
+        self._flags: set[str] = set()
 
     def add(self, name: str, kind: Any, text: str, group: Any = None, *, positional: bool = False, **rest: Any) -> None:
         """Adds option ``--name``, or the positional argument ``name``, of type ``kind`` with ``text`` as help."""
@@ -82,7 +83,28 @@ class Parser:
     def flag(self, name: str, text: str, group: Any = None) -> None:
         """Adds option ``--name``, which takes no value: true if it is there."""
         self._types[name] = bool
+        self._flags.add(name)
         (self.parser if group is None else group).add_argument(f"--{_dashed(name)}", action="store_true", help=text)
+
+    def names(self) -> frozenset[str]:
+        """All options that were added, as they are in what ``parse`` returns."""
+        return frozenset(self._types)
+
+    def split(self, argv: Sequence[str]) -> tuple[list[str], list[str]]:
+        """The arguments that are this parser's, written with dashes, and all others."""
+        own: list[str] = []
+        rest: list[str] = []
+        tokens = iter(argv)
+        for token in tokens:
+            option, equals, _ = token.partition("=")
+            name = option[2:].replace("-", "_") if option.startswith("--") else ""
+            if name not in self._types:
+                rest.append(token)
+                continue
+            own.append(f"--{_dashed(name)}{token[len(option) :]}")
+            if not equals and name not in self._flags and (value := next(tokens, None)) is not None:
+                own.append(value)
+        return own, rest
 
     def options(self) -> list[str]:
         """All options, as they are written."""
@@ -250,6 +272,37 @@ def _add_experiment(parser: Parser, file: ExperimentFile, known: Mapping[str, in
         needed = parameter.default is inspect.Parameter.empty
         text = helps.get(name, "") + (" (required)" if needed else "")
         parser.add(name, parameter.annotation, text, group, default=None if needed else parameter.default)
+
+
+def submit_parser() -> Parser:
+    """The parser of ``memmeta submit``, without the options that are the job's."""
+    parser = Parser(
+        "submit",
+        "Trains the experiment in FILE as a job on a Ray cluster: memmeta submit FILE.py [these options] [options of "
+        "memmeta train FILE.py, of workers and of the experiment]. Those are shown by memmeta train FILE.py --help.",
+    )
+    add_address(parser)
+    parser.add("run_dir", str | None, "the run's folder on the cluster; the name of FILE if not given", metavar="D")
+    parser.add("working_dir", str | None, "the folder to ship; that of FILE if not given", metavar="DIR")
+    text = "files not to ship, as in .gitignore: --exclude data/ --exclude '*.pt'"
+    parser.add("exclude", str, text, action="append", default=[], metavar="PATTERN")
+    text = "the largest folder to ship, in MiB; packed, Ray takes no more than 100"
+    parser.add("most_megabytes", COUNT, text, default=100, metavar="N")
+    parser.add("job_id", str | None, "the job's name; a second job of that name is refused", metavar="ID")
+    parser.flag("no_check", "do not try the experiment here first (its data may be on the cluster alone)")
+    parser.flag("follow", "show what the job prints until it ends")
+    parser.flag("wait", "wait for workers and GPUs that the cluster does not have yet")
+    parser.flag("any_version", "put up with other versions of memmeta and Python on the cluster")
+    text = "whether every node must see the run's folder; false: it is on the head's disk alone, and lost with it"
+    parser.add("shared_run_dir", bool, text, default=True)
+    return parser
+
+
+def add_address(parser: Parser) -> None:
+    """The options about the cluster's door."""
+    text = "the cluster's dashboard, http://HEAD:8265; that of RAY_API_SERVER_ADDRESS, or this machine's, if not given"
+    parser.add("address", str | None, text, metavar="URL")
+    parser.flag("insecure", "talk to another machine without a token")
 
 
 def check_required(file: ExperimentFile, values: Namespace) -> None:

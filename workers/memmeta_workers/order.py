@@ -36,6 +36,7 @@ class Order:
         memmeta, ray, python: versions where it was submitted.
         any_version: other versions on the cluster are put up with.
         shared_run_dir: every node must see the run's folder.
+        wait: the run waits for workers and GPUs that the cluster does not have yet.
     """
 
     experiment: str
@@ -48,6 +49,7 @@ class Order:
     python: str = dataclasses.field(default_factory=platform.python_version)
     any_version: bool = False
     shared_run_dir: bool = True
+    wait: bool = False
 
     def metadata(self, kind: str = "train") -> dict[str, str]:
         """As the metadata of a job of that kind: text."""

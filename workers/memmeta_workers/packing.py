@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import fnmatch
 import os
 import stat
+import sys
 import zipfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING
+from pathlib import Path, PurePosixPath
 
 from memmeta.errors import InputError
 
+from . import access
 from .files import copy, is_utf8, mode_of, reading, whole
 from .ignores import IGNORE_FILE, Rules
 from .progress import in_bytes
-
-if TYPE_CHECKING:
-    pass
 
 # Never shipped, whatever a pattern says. Compared in lower case.
 _NEVER = (
@@ -35,16 +34,29 @@ _CREDENTIALS = (
     ".env",
     ".env.*",
     "auth_token",
-    "id_rsa",
-    "id_dsa",
-    "id_ecdsa",
-    "id_ed25519",
+    "id_rsa*",
+    "id_dsa*",
+    "id_ecdsa*",
+    "id_ed25519*",
     "*.pem",
+    "*.key",
+    "*.p12",
+    "*.pfx",
     ".netrc",
     ".git-credentials",
     ".pypirc",
+    ".npmrc",
+    "application_default_credentials.json",
     ".aws",
     ".ssh",
+    ".kube",
+    ".docker",
+)
+# What Ray's dashboard takes as one upload, in bytes.
+RAY_TAKES = 100 << 20
+# Beside Python's own: what memmeta imports, and nothing that is shipped may hide.
+_NEEDED = frozenset(
+    {"torch", "numpy", "ray", "memmeta", "memmeta_workers", "jsonargparse", "yaml", "rich", "safetensors"}
 )
 # The oldest moment that a zip archive can name.
 _MOMENT = (1980, 1, 1, 0, 0, 0)
@@ -175,6 +187,46 @@ def check_size(contents: Contents, most: int) -> None:
         )
 
 
+def check_names(contents: Contents, places: Iterable[str]) -> None:
+    """Refuses modules that would be imported in the place of Python's own, or of those that memmeta needs.
+
+    Args:
+        contents: of a folder.
+        places: folders in it from which modules are imported; "." is the folder itself.
+
+    Raises:
+        InputError: names the first one.
+    """
+    folders = set(places)
+    for file in contents.files:
+        path = PurePosixPath(file.path)
+        if path.name == "__init__.py":
+            path = path.parent
+        elif path.suffix not in (".py", ".so"):
+            continue
+        name = path.name.partition(".")[0]
+        if str(path.parent) not in folders or path == path.parent:
+            continue
+        if name in sys.stdlib_module_names or name in _NEEDED:
+            whose = "Python's module" if name in sys.stdlib_module_names else "the module"
+            raise InputError(f"{path} hides {whose} {name}: rename it")
+
+
+def check_packed(archive: Path, contents: Contents) -> None:
+    """Refuses an archive that is larger than Ray's dashboard takes.
+
+    Raises:
+        InputError: with the way out.
+    """
+    size = archive.stat().st_size
+    if size >= RAY_TAKES:
+        largest = ", ".join(f"{path} ({in_bytes(size)})" for path, size in contents.largest(3))
+        raise InputError(
+            f"{contents.folder} packed is {in_bytes(size)}, more than the {in_bytes(RAY_TAKES)} that Ray takes; the "
+            f"largest are {largest}: data belongs on the cluster; --exclude PATTERN leaves it out"
+        )
+
+
 def pack(contents: Contents, target: Path) -> None:
     """Writes the files into a zip archive; the same files give the same bytes, whenever and wherever.
 
@@ -212,6 +264,7 @@ class _Search:
     def __init__(self, folder: Path, own: Rules) -> None:
         self._folder = folder
         self._own = own
+        self._tokens = _token_files()
         self._files: dict[str, int] = {}
         self._links: list[str] = []
         self._left_out: list[LeftOut] = []
@@ -253,19 +306,23 @@ class _Search:
         return bool(rules.verdict(path, is_folder) if verdict is None else verdict)
 
     def _take_folder(self, path: Path, rules: Rules) -> None:
-        if _matches(path.name, _CREDENTIALS):
+        if _secret(path.name) or (path.name, path.parent.name) == ("gcloud", ".config"):
             self._left_out.append(LeftOut(self._name(path) + "/", "credentials never travel"))
         elif not (path / "pyvenv.cfg").is_file() and not _is_run(path):
             self.walk(path, rules)
 
     def _take_file(self, entry: os.DirEntry[str]) -> None:
         name = self._name(Path(entry.path))
-        if _matches(entry.name, _CREDENTIALS):
+        if _secret(entry.name):
             self._left_out.append(LeftOut(name, "credentials never travel"))
         elif entry.is_symlink():
             self._links.append(name)
         elif entry.is_file(follow_symlinks=False):
-            self._files[name] = entry.stat(follow_symlinks=False).st_size
+            status = entry.stat(follow_symlinks=False)
+            if any(os.path.samestat(status, token) for token in self._tokens):
+                self._left_out.append(LeftOut(name, "the cluster's token never travels"))
+            else:
+                self._files[name] = status.st_size
         else:
             self._left_out.append(LeftOut(name, "neither a file nor a folder"))
 
@@ -282,6 +339,20 @@ class _Search:
 
 def _matches(name: str, patterns: Sequence[str]) -> bool:
     return any(fnmatch.fnmatchcase(name.lower(), pattern) for pattern in patterns)
+
+
+def _secret(name: str) -> bool:
+    return _matches(name, _CREDENTIALS) and not name.lower().endswith(".pub")
+
+
+def _token_files() -> list[os.stat_result]:
+    """The files that a cluster's token may lie in here, those that are there."""
+    found: list[os.stat_result] = []
+    for path in (os.environ.get(access.TOKEN_PATH), access.default_path()):
+        with contextlib.suppress(OSError, RuntimeError):
+            if path:
+                found.append(Path(path).expanduser().stat())
+    return found
 
 
 def _is_run(folder: Path) -> bool:

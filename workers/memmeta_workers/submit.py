@@ -23,16 +23,19 @@ from memmeta.errors import InputError
 
 from . import checking, packing
 from .capacity import asked, room, total
+from .cli import INTERRUPTED
 from .failures import JobFailed
+from .ignores import IGNORE_FILE
 from .job import STOP_SECONDS
 from .jobs import ClusterNode, Jobs
-from .options import COUNT, Parser, find_file
+from .options import find_file, submit_parser
 from .order import Order, commit_of
 from .progress import in_bytes
 from .watching import ERROR, say, watch
 
-_STRETCH = 30 * 24 * 3600
-_MEGABYTE = 1_000_000
+_MEBIBYTE = 1 << 20
+# With ``python -m``, what is looked at could hide Python's own modules before anything else runs.
+_CHECK = "import sys; sys.path[:] = filter(None, sys.path); from memmeta_workers.checking import main; main()"
 
 
 def submit(argv: Sequence[str]) -> int:
@@ -43,9 +46,31 @@ def submit(argv: Sequence[str]) -> int:
         JobFailed: the job failed, or the cluster went away.
         RunFailed, NonFiniteError: the check failed.
     """
-    parser, (own, rest) = _parser(), _split(argv)
     if {"-h", "--help"} & set(argv):
-        parser.parse(["--help"])
+        submit_parser().parse(["--help"])
+    parcel = None
+    try:
+        with tempfile.TemporaryDirectory(prefix="memmeta-submit-") as scratch:
+            values, jobs, ready = _ready(argv, Path(scratch))
+            parcel = ready
+            jobs.submit(*ready, {"RAY_JOB_STOP_WAIT_TIME_S": str(STOP_SECONDS)})
+        job_id = ready[0]
+        print(job_id, flush=True)
+        say("sent: it begins when the cluster has looked at its nodes, and workers are there")
+        return watch(jobs, job_id, whole=values.follow)
+    except KeyboardInterrupt:
+        if parcel is None:
+            say("memmeta: nothing was sent")
+        else:
+            job_id = parcel[0]
+            say(f"memmeta: job {job_id} may have been sent: memmeta status {job_id}, memmeta stop {job_id}")
+        return INTERRUPTED
+
+
+def _ready(argv: Sequence[str], scratch: Path) -> tuple[Namespace, Jobs, tuple[str, str, dict[str, str], Path]]:
+    """The options, the cluster, and what is sent to it: the job's name, command, metadata and archive."""
+    parser = submit_parser()
+    own, rest = parser.split(argv)
     values = parser.parse(own)
     name = find_file(rest)
     if name is None:
@@ -53,86 +78,28 @@ def submit(argv: Sequence[str]) -> int:
     folder, file = _inside(name, values.working_dir)
     words = _shipped_words(rest, name, file, folder)
     jobs = Jobs(values.address, values.insecure, say)
-    with tempfile.TemporaryDirectory(prefix="memmeta-submit-") as scratch:
-        archive = Path(scratch, f"{folder.name or 'folder'}.zip")
-        _pack(folder, values, archive)
-        facts = _facts(words, folder) if values.no_check else _check(words, archive, Path(scratch))
-        if values.run_dir is not None:
-            facts["run_dir"] = values.run_dir
-        cluster = jobs.nodes()
-        explicit = any(word.partition("=")[0] == "--workers" for word in words)
-        words += _resources(facts, cluster, values, explicit)
-        job_id = values.job_id or f"memmeta-{_plain(file.stem)}-{secrets.token_hex(3)}"
-        run_dir = facts["run_dir"] or file.stem
-        text = (folder / file).read_bytes()
-        order = Order(
-            experiment=str(file),
-            sha256=sha256(text).hexdigest(),
-            run_dir=run_dir,
-            again=_again(name, argv, run_dir),
-            git=commit_of(folder),
-            any_version=values.any_version,
-            shared_run_dir=values.shared_run_dir,
-        )
-        command = shlex.join(["python", "-m", "memmeta_workers.job", *words])
-        jobs.submit(job_id, command, order.metadata(), archive, {"RAY_JOB_STOP_WAIT_TIME_S": str(STOP_SECONDS)})
-    print(job_id, flush=True)
-    return watch(jobs, job_id, whole=values.follow)
-
-
-def _parser() -> Parser:
-    parser = Parser(
-        "submit",
-        "Trains the experiment in FILE as a job on a Ray cluster: memmeta submit FILE.py [these options] [options of "
-        "memmeta train FILE.py, of workers and of the experiment].",
+    archive = scratch / f"{folder.name or 'folder'}.zip"
+    _pack(folder, file, values, archive)
+    facts = _facts(words, folder) if values.no_check else _check(words, archive, scratch)
+    if values.run_dir is not None:
+        facts["run_dir"] = values.run_dir
+    words += _resources(facts, jobs.nodes(), values.wait)
+    job_id = values.job_id or f"memmeta-{_plain(file.stem)}-{secrets.token_hex(3)}"
+    run_dir = facts["run_dir"] or file.stem
+    with zipfile.ZipFile(archive) as packed:
+        text = packed.read(file.as_posix())
+    order = Order(
+        experiment=str(file),
+        sha256=sha256(text).hexdigest(),
+        run_dir=run_dir,
+        again=_again(argv, run_dir),
+        git=commit_of(folder),
+        any_version=values.any_version,
+        shared_run_dir=values.shared_run_dir,
+        wait=values.wait,
     )
-    add_address(parser)
-    parser.add("run_dir", str | None, "the run's folder on the cluster; the name of FILE if not given", metavar="D")
-    parser.add("working_dir", str | None, "the folder to ship; that of FILE if not given", metavar="DIR")
-    parser.add("exclude", list[str], "patterns of files not to ship, as in .gitignore", default=[], metavar="[P, ...]")
-    parser.add("most_megabytes", COUNT, "the largest folder to ship", default=100, metavar="N")
-    parser.add("job_id", str | None, "the job's name; a second job of that name is refused", metavar="ID")
-    parser.flag("no_check", "do not try the experiment here first (its data may be on the cluster alone)")
-    parser.flag("follow", "show what the job prints until it ends")
-    parser.flag("wait", "wait for workers and GPUs that the cluster does not have yet")
-    parser.flag("any_version", "put up with other versions of memmeta and Python on the cluster")
-    text = "whether every node must see the run's folder; false: it is on the head's disk alone, and lost with it"
-    parser.add("shared_run_dir", bool, text, default=True)
-    return parser
-
-
-def add_address(parser: Parser) -> None:
-    """The options about the cluster's door."""
-    text = "the cluster's dashboard, http://HEAD:8265; that of RAY_API_SERVER_ADDRESS, or this machine's, if not given"
-    parser.add("address", str | None, text, metavar="URL")
-    parser.flag("insecure", "talk to another machine without a token")
-
-
-def _split(argv: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Submit's own arguments, and those of the job."""
-    flags = {"--no-check", "--follow", "--wait", "--any-version", "--insecure"}
-    valued = {
-        "--address",
-        "--run-dir",
-        "--working-dir",
-        "--exclude",
-        "--most-megabytes",
-        "--job-id",
-        "--shared-run-dir",
-    }
-    own: list[str] = []
-    rest: list[str] = []
-    tokens = iter(argv)
-    for token in tokens:
-        option, equals, _ = token.partition("=")
-        option = option.replace("_", "-") if option.startswith("--") else option
-        if option in flags or (option in valued and equals):
-            own.append(option + token[len(option) :])
-        elif option in valued:
-            own.extend([option, *([value] if (value := next(tokens, None)) is not None else [])])
-        else:
-            rest.append(token)
-    return own, rest
+    command = shlex.join(["python", "-m", "memmeta_workers.job", *words])
+    return values, jobs, (job_id, command, order.metadata(), archive)
 
 
 def _inside(name: str, working_dir: str | None) -> tuple[Path, Path]:
@@ -146,6 +113,8 @@ def _inside(name: str, working_dir: str | None) -> tuple[Path, Path]:
     if not folder.is_dir():
         raise InputError(f"--working-dir {working_dir}: no such folder")
     if not path.resolve().is_relative_to(folder):
+        if path.is_symlink():
+            raise InputError(f"{name} is a link to {path.resolve()}: name that file")
         raise InputError(f"{name} is not in --working-dir {folder}: name a folder that holds it")
     return folder, path.resolve().relative_to(folder)
 
@@ -154,7 +123,8 @@ def _shipped_words(words: Sequence[str], name: str, file: Path, folder: Path) ->
     """The job's arguments, with files as they are named in the shipped folder."""
     found: list[str] = []
     config = False
-    for word in words:
+    positional = words.index(name)
+    for index, word in enumerate(words):
         option, equals, value = word.partition("=")
         if config or (option == "--config" and equals):
             path = Path(word if config else value)
@@ -163,14 +133,25 @@ def _shipped_words(words: Sequence[str], name: str, file: Path, folder: Path) ->
             there = str(path.resolve().relative_to(folder))
             word = there if config else f"--config={there}"
         config = word == "--config"
-        found.append(str(file) if word == name else word)
+        found.append(_positional(file) if index == positional else word)
     return found
 
 
-def _pack(folder: Path, values: Namespace, archive: Path) -> None:
+def _positional(file: Path) -> str:
+    return f"./{file}" if str(file).startswith("-") else str(file)
+
+
+def _pack(folder: Path, file: Path, values: Namespace, archive: Path) -> None:
     contents = packing.choose(folder, values.exclude)
-    packing.check_size(contents, values.most_megabytes * _MEGABYTE)
+    packing.check_size(contents, values.most_megabytes * _MEBIBYTE)
+    if file.as_posix() not in {one.path for one in contents.files}:
+        raise InputError(
+            f"{file} is left out by .gitignore, {IGNORE_FILE} or --exclude: add !{file} to {IGNORE_FILE}, or name it "
+            "otherwise"
+        )
+    packing.check_names(contents, {".", file.parent.as_posix()})
     packing.pack(contents, archive)
+    packing.check_packed(archive, contents)
     count = len(contents.files)
     say(
         f"to ship: {count} file{'s' if count > 1 else ''} of {folder}, {in_bytes(contents.bytes)} "
@@ -186,7 +167,7 @@ def _check(words: Sequence[str], archive: Path, scratch: Path) -> dict[str, Any]
     with zipfile.ZipFile(archive) as packed:
         packed.extractall(copy)
     done = subprocess.run(
-        [sys.executable, "-m", "memmeta_workers.checking", *words],
+        [sys.executable, "-c", _CHECK, *words],
         cwd=copy, capture_output=True, text=True, errors="replace", check=False,
     )  # fmt: skip
     if done.returncode != 0:
@@ -196,9 +177,13 @@ def _check(words: Sequence[str], archive: Path, scratch: Path) -> dict[str, Any]
         sys.stderr.write("".join(f"{line}\n" for line in shown))
         text = last.removeprefix(ERROR).replace(f"{copy}/", "")
         raise (InputError if done.returncode == 2 else JobFailed)(f"{text}; nothing was sent (--no-check skips this)")
-    facts = json.loads(
-        next(line for line in done.stdout.splitlines() if line.startswith(checking.FACTS))[len(checking.FACTS) :]
-    )
+    told = [line for line in done.stdout.splitlines() if line.startswith(checking.FACTS)]
+    if not told:
+        raise InputError(
+            f"the check ended without a result: does {find_file(words)} call exit()?; nothing was sent (--no-check "
+            "skips this)"
+        )
+    facts = json.loads(told[-1].removeprefix(checking.FACTS))
     say(f"checked: one task's meta-gradient, {facts['seconds']:.1f} s; {facts['steps']} outer steps")
     return facts
 
@@ -226,7 +211,8 @@ def _facts(words: Sequence[str], folder: Path) -> dict[str, Any]:
     facts.update({name: value for name, value in vars(known).items() if name in facts and value is not None})
     for name in ("threads", "gpus_per_worker", "patience"):
         facts[name] = _number(name, facts[name])
-    return {**facts, "workers": str(facts["workers"] or "0"), "device": facts["device"] or "auto"}
+    workers = None if facts["workers"] is None else str(facts["workers"])
+    return {**facts, "workers": workers, "device": facts["device"] or "auto"}
 
 
 def _number(name: str, text: object) -> float | int | None:
@@ -238,21 +224,18 @@ def _number(name: str, text: object) -> float | int | None:
         raise InputError(f"option --{name.replace('_', '-')}: expected a number, got {text!r}") from error
 
 
-def _resources(
-    facts: Mapping[str, Any], cluster: Sequence[ClusterNode], values: Namespace, explicit: bool
-) -> list[str]:
+def _resources(facts: Mapping[str, Any], cluster: Sequence[ClusterNode], wait: bool) -> list[str]:
     """Refuses what the cluster has no room for; returns the options that were left to it."""
     _absolute("--checkpoints", facts["checkpoints"])
     say(f"cluster: {total(cluster)}")
-    given = facts["workers"] != "0"
-    patient = ["--patience", str(_STRETCH)] if values.wait and facts["patience"] is None else []
-    if not given and explicit:
+    given = facts["workers"] is not None
+    if facts["workers"] == "0":
         return []  # all on the head
     if not given and facts["resume"] is not None:
-        return patient  # as many as the run had
+        return []  # as many as the run had
     wanted = asked(facts, cluster)
     fits = room(cluster, wanted.cpus, wanted.gpus)
-    if fits < wanted.crew.least and not values.wait:
+    if fits < wanted.crew.least and not wait:
         raise InputError(
             f"no room for {wanted}: the cluster has {total(cluster)}, enough for {fits}; ask for less (--workers, "
             "--threads, --gpus-per-worker, --device cpu), or add --wait to wait for nodes"
@@ -263,7 +246,7 @@ def _resources(
     if facts["threads"] is None and facts["resume"] is None:
         words += ["--threads", str(wanted.cpus)]
     say(f"asked for: {wanted}")
-    return words + patient
+    return words
 
 
 def _absolute(option: str, address: str | None) -> None:
@@ -271,8 +254,8 @@ def _absolute(option: str, address: str | None) -> None:
         raise InputError(f"{option} {address}: on a cluster, name an absolute folder or an address such as s3://bucket")
 
 
-def _again(name: str, argv: Sequence[str], run_dir: str) -> str:
-    own, rest = _split(argv)
+def _again(argv: Sequence[str], run_dir: str) -> str:
+    own, rest = submit_parser().split(argv)
     kept: list[str] = []
     skip = False
     for word in own:

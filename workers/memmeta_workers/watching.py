@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from memmeta.errors import InputError
 
+from .door import command
 from .failures import JobFailed
 from .job import CHECKED, NOTE
 from .jobs import Job, Jobs
@@ -25,26 +27,34 @@ def watch(jobs: Jobs, job_id: str, whole: bool) -> int:
     Raises:
         InputError, JobFailed: the job has refused, or failed.
     """
+    follow, stop = jobs.hint("logs", job_id, "-f"), jobs.hint("stop", job_id)
     shown: list[str] = []
     try:
-        for line in jobs.follow(job_id):
-            shown.append(line)
-            if line.startswith(NOTE) and not whole:
-                say(line)
-            if line.startswith(CHECKED) and not whole:
-                say(line)
-                say(f"it trains; to follow it: memmeta logs {job_id} -f    to stop it: memmeta stop {job_id}")
-                return 0
-            if whole and not line.startswith(ERROR):
-                print(line, flush=True)
+        with contextlib.closing(jobs.follow(job_id)) as lines:
+            for line in lines:
+                shown.append(line)
+                if line.startswith(NOTE) and not whole:
+                    say(line)
+                if line.startswith(CHECKED) and not whole:
+                    say(line)
+                    say(f"it trains; to follow it: {follow}    to stop it: {stop}")
+                    return 0
+                if whole and not line.startswith(ERROR):
+                    print(line, flush=True)
+        job = jobs.wait(job_id)
     except KeyboardInterrupt:
-        say(f"\nno longer followed; the job goes on: memmeta logs {job_id} -f, memmeta stop {job_id}")
+        say(f"\nno longer followed; the job goes on: {follow}, {stop}")
         return 130
-    return outcome(jobs.wait(job_id), shown)
+    return outcome(job, shown, jobs.hint)
 
 
-def outcome(job: Job, log: Sequence[str]) -> int:
+def outcome(job: Job, log: Sequence[str], hint: Callable[..., str] = command) -> int:
     """The exit code of a job that has ended.
+
+    Args:
+        job: the job.
+        log: the lines that it has printed.
+        hint: makes a command for the user.
 
     Raises:
         InputError, JobFailed: with its own error line, or what the cluster says.
@@ -67,7 +77,7 @@ def outcome(job: Job, log: Sequence[str]) -> int:
             "install 'memmeta[service]' there and on every node, and start nodes with its memmeta node"
         )
     lines = [line.strip() for line in (job.message or text).splitlines() if line.strip()]
-    raise JobFailed(f"job {job.id} failed: {' '.join(lines[-1:])[:400] or 'see memmeta logs ' + job.id}")
+    raise JobFailed(f"job {job.id} failed: {' '.join(lines[-1:])[:400] or 'see ' + hint('logs', job.id)}")
 
 
 def say(text: str) -> None:
