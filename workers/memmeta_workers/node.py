@@ -288,7 +288,8 @@ def _environment(values: Namespace) -> dict[str, str]:
 
 def _shared(values: Namespace) -> list[str]:
     """Options of every node."""
-    options: list[str] = []
+    # Port 0: where another node of this machine has Ray's usual one, no job could be submitted.
+    options = ["--dashboard-agent-listen-port", "0"]
     if values.cpus is not None:
         options += ["--num-cpus", str(values.cpus)]
     if values.gpus is not None:
@@ -306,8 +307,7 @@ def _head(values: Namespace) -> list[str]:
 
 def _join(values: Namespace, head: str | None) -> list[str]:
     address = values.join if head is None else f"{head}:{values.port}"
-    # Port 0: several nodes on one machine would ask for the same one.
-    return ["--address", address, "--dashboard-agent-listen-port", "0", *_shared(values)]
+    return ["--address", address, *_shared(values)]
 
 
 def _welcome(values: Namespace, address: str, count: int) -> None:
