@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -37,6 +37,22 @@ class Score:
     def items(self, suffix: str = "") -> dict[str, Tensor]:
         """All values by name."""
         return {f"loss{suffix}": self.loss, **{f"{name}{suffix}": value for name, value in self.metrics.items()}}
+
+
+class Outcome(NamedTuple):
+    """What comes of an episode.
+
+    Attributes:
+        grads: the meta-gradient by leaf, summed over the tasks.
+        score: the weighted outer losses, with the metrics after the last step.
+        losses: the inner losses, T tensors of shape () or (C,).
+        status: see ``Solution``.
+    """
+
+    grads: Leaves
+    score: Score
+    losses: list[Tensor]
+    status: Mapping[str, float]
 
 
 class Episode:
@@ -85,13 +101,8 @@ class Episode:
         if inspect and microbatch is not None:
             self._verify_microbatches()
 
-    def meta_gradient(self, adjoint: Adjoint, weights: Sequence[float]) -> tuple[Leaves, Score, list[Tensor]]:
-        """The sum over the C tasks of the gradients of sum_t weights[t-1] F(theta_t).
-
-        Returns:
-            The gradient by leaf (without the leading dimension); the weighted outer losses with the metrics after the
-            last step; the inner losses, T tensors of shape () or (C,).
-        """
+    def meta_gradient(self, adjoint: Adjoint, weights: Sequence[float]) -> Outcome:
+        """The sum over the C tasks of the gradients of sum_t weights[t-1] F(theta_t)."""
         rollout, final = self.rollout, weights[-1]
         direct, terms = rollout.leaves.zeros(), []
 
@@ -110,7 +121,7 @@ class Episode:
         if self.stacked:
             grads = grads._replace(params={name: grad.sum(0) for name, grad in grads.params.items()})
         total = torch.stack([*terms, score.loss]).sum(0)
-        return grads, Score(total, score.metrics), solution.losses
+        return Outcome(grads, Score(total, score.metrics), solution.losses, solution.status)
 
     def states(self) -> list[State]:
         """The states s_0 .. s_T without graphs: T + 1 copies of what is adapted."""

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, Literal
 
 import torch
@@ -106,7 +107,7 @@ class MetaLearner(nn.Module):
         optimizer.bind(problem.adapted(), steps)
         self._optimizer = optimizer
         self.hyper = nn.ParameterDict(_parameters(optimizer.hyperparameters()))
-        self._weights()
+        self._check()
 
     @property
     def optimizer(self) -> InnerOptimizer:
@@ -185,7 +186,7 @@ class MetaLearner(nn.Module):
             for group in self._chunks(tasks, options):
                 for part in self._accumulate_chunk(group, options, before, on_nonfinite, sums, inspect=not scores):
                     (scores if part.finite else skipped).append(part.score)
-            report = Report(tuple(scores), tuple(skipped), peak())
+            report = Report(tuple(scores), tuple(skipped), peak(), self.adjoint.approximation)
         if not scores and not skipped:
             raise InputError("there are no tasks to accumulate: give at least one")
         return MetaGradient(sums, len(scores), report)
@@ -262,8 +263,8 @@ class MetaLearner(nn.Module):
         inspect = inspect or any(tensor.requires_grad for tensor in data)
         episode = self._episode(group, options, self.steps, inspect)
         first = episode.score(0, episode.rollout.start()).items("_before") if before else {}
-        grads, score, losses = episode.meta_gradient(self.adjoint, self._weights())
-        scores = _scores(group, {**score.items(), **first})
+        grads, score, losses, status = episode.meta_gradient(self.adjoint, self._weights())
+        scores = _scores(group, {**score.items(), **first}, status)
         # One meeting with the device per chunk: losses and gradients together.
         if all(math.isfinite(s.values["loss"]) for s in scores) and _finite(grads):
             trees.add_(sums, self._named(grads))
@@ -302,6 +303,15 @@ class MetaLearner(nn.Module):
         if steps is not None:
             check_steps(steps, 0)
         return self.steps if steps is None else steps
+
+    def _check(self) -> None:
+        """Refuse weights and compositions that can't work."""
+        terms = any(self._weights()[:-1])
+        adapted, drawn = self.problem.adapted(), self.problem.draws()
+        start: Tensors = {name: p.detach() if name in drawn else p for name, p in adapted.items()}
+        meta: Tensors = {name: p for name, p in self.problem.trainable().items() if name not in adapted}
+        rule = self.optimizer.bind(adapted, self.steps)
+        self.adjoint.check(Leaves(start, meta, self.optimizer.hyperparameters()), rule, terms)
 
     def _weights(self) -> list[float]:
         if self.step_weights is None:
@@ -347,10 +357,12 @@ def _task(given: AnyTask) -> Task:
     raise InputError(f"a task must be a mm.Task or a pair (support, query), got {type(given).__name__}")
 
 
-def _scores(group: list[_Placed], values: dict[str, Tensor]) -> list[TaskScore]:
+def _scores(
+    group: list[_Placed], values: dict[str, Tensor], status: Mapping[str, float] = MappingProxyType({})
+) -> list[TaskScore]:
     columns = {name: per_task(value) for name, value in values.items()}
     return [
-        TaskScore(placed.task.address, {name: column[i] for name, column in columns.items()})
+        TaskScore(placed.task.address, {name: column[i] for name, column in columns.items()}, dict(status))
         for i, placed in enumerate(group)
     ]
 

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 
 from .task import Address
 
 
 @dataclass(frozen=True)
 class TaskScore:
-    """The values of one task: ``loss`` and the metrics on its query set, ``*_before`` without adaptation."""
+    """The values of one task: ``loss`` and the metrics on its query set, ``*_before`` without adaptation; ``status`` is
+    what an iterative or inexact adjoint says of its result there (a residual, a number of iterations)."""
 
     address: Address | None
     values: dict[str, float]
+    status: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -26,11 +28,13 @@ class Report:
         skipped: tasks left out because something of theirs was not finite.
         peak_bytes: the peak above the start, the allocator's on CUDA, counted live tensor bytes where asked for on the
             CPU, else None.
+        approximation: what the adjoint left out of the meta-gradient, in words; empty if it is exact.
     """
 
     tasks: tuple[TaskScore, ...]
     skipped: tuple[TaskScore, ...] = ()
     peak_bytes: int | None = None
+    approximation: str = ""
 
     @property
     def loss(self) -> float:
@@ -50,6 +54,15 @@ class Report:
         """All means, by name."""
         return {name: self.mean(name) for name in self.names()}
 
+    def status(self) -> dict[str, float]:
+        """The largest of each of the tasks' ``status`` values, by name."""
+        found: dict[str, float] = {}
+        for task in self.tasks:
+            for name, value in task.status.items():
+                # NaN is the worst there is.
+                found[name] = value if math.isnan(value) else max(value, found.get(name, -math.inf))
+        return found
+
     def interval(self, name: str) -> tuple[float, float]:
         """The mean and the half-width of its 95% confidence interval, 1.96 standard errors over tasks (as in Finn et
         al. 2017); the half-width is NaN for a single task."""
@@ -66,8 +79,10 @@ class Report:
         peaks = [part.peak_bytes for part in parts if part.peak_bytes is not None]
         tasks = tuple(task for part in parts for task in part.tasks)
         skipped = tuple(task for part in parts for task in part.skipped)
-        return Report(tasks, skipped, max(peaks) if peaks else None)
+        approximation = next((part.approximation for part in parts if part.approximation), "")
+        return Report(tasks, skipped, max(peaks) if peaks else None, approximation)
 
     def __str__(self) -> str:
         values = ", ".join(f"{name} {self.mean(name):.4g}" for name in self.names() if "@" not in name)
-        return f"{len(self.tasks)} tasks: {values}"
+        note = f" (approximate: {self.approximation})" if self.approximation else ""
+        return f"{len(self.tasks)} tasks: {values}{note}"

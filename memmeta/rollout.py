@@ -136,9 +136,13 @@ class Rollout:
     def advance(self, t: int, state: State) -> tuple[Tensor, State]:
         """One step without a graph: the loss before it, detached, and the state after it."""
         value, grads, buffers = self.gradient(t, trees.leaves(state.params), self.leaves.meta, state.buffers)
+        return value, self.updated(t, state, grads, buffers)
+
+    def updated(self, t: int, state: State, grads: Tensors, buffers: Tensors) -> State:
+        """The state after step t from its inner gradient, without a graph."""
         with torch.no_grad():
             params, slots = self.rule(t, state.params, grads, state.slots, self.leaves.hyper)
-        return value, State(params, slots, buffers)
+        return State(params, slots, buffers)
 
     def gradient(
         self, t: int, params: Tensors, meta: Tensors, buffers: Tensors, create_graph: bool = False

@@ -100,7 +100,7 @@ def test_what_is_imported_at_once_is_what_the_package_depends_on(path: Path) -> 
 def test_the_parser_sees_what_it_has_to() -> None:
     """The tests above would pass if it saw nothing."""
     assert {"adapt", "adjoints", "episode", "trees", "task"} <= inside(Path("learner.py"))
-    assert {"trees", "rollout", "optimizers"} <= inside(Path("adjoints/stepwise.py"))
+    assert {"trees", "rollout", "optimizers"} <= inside(Path("adjoints/walk.py"))
     assert ("torch", True) in list(imports(Path("trees.py")))
     assert ("resource", False) in list(imports(Path("memory.py")))
 

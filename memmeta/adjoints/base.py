@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 
 from torch import Tensor
 
+from ..optimizers import BoundRule
 from ..rollout import Leaves, Rollout
 from ..trees import Tensors
 
@@ -48,16 +49,35 @@ class Adjoint(abc.ABC):
 
     - ``solution.pullback(v)`` is v^T d theta_T / d leaf for every leaf of ``rollout.leaves`` that requires grad, plus
       for each t that ``along`` gives a cotangent v_t for, v_t^T d theta_t / d leaf. Leaves that the result does not
-      depend on get zeros. An adjoint that is not exact says so in ``exact``.
+      depend on get zeros. An adjoint that is not exact says so in ``approximation``.
     - ``along`` is called at most once for each t in 1..T-1, with theta_t and the buffers before step t; a method that
       carries tangents forward calls it on the way there, one that walks back on the way back.
     - Steps are run by ``rollout.advance`` or ``rollout.gradient`` and ``rollout.rule`` alone, so that random numbers
       and buffers are replayed; nothing else than what it documents is alive between steps.
-    - What it can't do it refuses at construction, or in ``run`` before the first step, with an error that names the
-      remedy.
+    - What it can't do it refuses in ``__post_init__`` or ``check``, with an error that names the remedy.
     """
 
-    exact: bool = True
+    @property
+    def approximation(self) -> str:
+        """What is left out of the meta-gradient, in words for a report; empty for an exact method."""
+        return ""
+
+    @property
+    def exact(self) -> bool:
+        """Whether the meta-gradient is that of the inner loop, to rounding."""
+        return not self.approximation
+
+    def check(self, leaves: Leaves, rule: BoundRule, terms: bool) -> None:  # noqa: B027 most accept everything
+        """Refuse, before anything is run, a composition that can't work; called at construction of a learner too.
+
+        Args:
+            leaves: what gradients are taken with respect to (those that require grad).
+            rule: the update rule of the inner loop.
+            terms: whether the outer loss has terms before the last step (``step_weights``).
+
+        Raises:
+            UnsupportedError: with the remedy.
+        """
 
     @abc.abstractmethod
     def run(self, rollout: Rollout, along: Along | None) -> Solution:
@@ -72,6 +92,7 @@ class Adjoint(abc.ABC):
 
     def solve(self, rollout: Rollout, along: Along | None = None) -> Solution:
         """``run`` under the rollout's conditions (autograd mode, random numbers, autocast), and so its pullback."""
+        self.check(rollout.leaves, rollout.rule, along is not None)
         with rollout.session():
             solution = self.run(rollout, along)
 

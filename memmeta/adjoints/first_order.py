@@ -19,7 +19,9 @@ class FirstOrder(Adjoint):
     to the inner optimiser's hyperparameters (zero). Not recommended for learning those.
     """
 
-    exact = False
+    @property
+    def approximation(self) -> str:
+        return "first order: the second derivatives of the inner loss are left out"
 
     def run(self, rollout: Rollout, along: Along | None) -> Solution:
         state, losses, total = rollout.start(), [], None

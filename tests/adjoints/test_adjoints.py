@@ -234,7 +234,9 @@ def test_adjoints_are_frozen_values() -> None:
 class Nothing(mm.Adjoint):
     """The smallest adjoint of a user's own: forgets that the inner loop was there."""
 
-    exact = False
+    @property
+    def approximation(self) -> str:
+        return "the inner loop is left out"
 
     def run(self, rollout: Any, along: Any) -> mm.Solution:
         state = rollout.start()
