@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import functools
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,8 +16,10 @@ from .errors import InputError, UnsupportedError
 from .microbatch import Microbatch, Reduction
 from .optimizers import InnerOptimizer
 from .problem import check_scalar
+from .programs import Execution, NoProgram, Programs
 from .randomness import drawn_seed
 from .rollout import Autocast, Leaves, Rollout
+from .steps import skeleton
 from .trees import Tensors
 
 MetaLoss = Callable[[Tensors, Any, Any], Tensor]
@@ -48,6 +51,7 @@ def adapt(
     microbatch: int | None = None,
     reduction: Reduction = "mean",
     seed: int | None = None,
+    execution: Execution = "eager",
 ) -> Adapted:
     """Run an inner loop, and make its result differentiable.
 
@@ -67,6 +71,8 @@ def adapt(
         reduction: "mean" or "sum", what ``loss`` does over examples; read with ``microbatch`` alone.
         seed: of the random numbers that the loss draws from torch's default generators; the same at every
             recomputation. Drawn from torch's global generator if not given.
+        execution: how steps are run: "eager", "trace" or "compile", see ``mm.MetaLearner``. Programs are kept by the
+            function ``loss`` itself: give the same one again, not a new lambda at each call.
 
     Raises:
         InputError: parameters that are no floating tensors, hyperparameters that do not fit, a loss that is no scalar.
@@ -99,11 +105,28 @@ def adapt(
         microbatch=Microbatch(microbatch, reduction),
         inspect=True,
         autocast=Autocast.current(device),
+        programs=programs_for(execution),
+        baked=_baked(loss, meta),
     )
     if microbatch is not None:
         rollout.verify_microbatches()
     solution = (adjoint or Stepwise()).solve(rollout)
     return Adapted(attach(solution, leaves), solution.losses, solution.status)
+
+
+def _baked(loss: MetaLoss, meta: Any) -> Hashable:
+    """What names a loss in programs: the function, and what of ``meta`` is not in its tensors."""
+    try:
+        hash(loss)
+        return loss, skeleton(meta)
+    except (NoProgram, TypeError):
+        return object()  # like no other: a program of it is used by this call alone
+
+
+@functools.cache
+def programs_for(execution: Execution) -> Programs:
+    """The programs of all calls of ``adapt`` with one execution."""
+    return Programs(execution)
 
 
 def attach(solution: Solution, leaves: Leaves) -> Tensors:

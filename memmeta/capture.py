@@ -27,7 +27,7 @@ def refuse_captured(value: Tensor, where: str, *known: Mapping[str, Tensor]) -> 
     """
     tensors = [tensor for tree in known for tensor in tree.values()]
     leaves = {id(tensor) for tensor in tensors}
-    for node in _nodes(value, {tensor.grad_fn for tensor in tensors if tensor.grad_fn is not None}):
+    for node in nodes(value, {tensor.grad_fn for tensor in tensors if tensor.grad_fn is not None}):
         captured = getattr(node, "variable", None)  # autograd's node for a leaf has it, and no other has
         if captured is not None and id(captured) not in leaves:
             raise CaptureError(
@@ -45,7 +45,7 @@ def refuse_once_differentiable(value: Tensor, where: str, *known: Mapping[str, T
     Raises:
         UnsupportedError: there is one; the message names it.
     """
-    for node in _nodes(value, {t.grad_fn for tree in known for t in tree.values() if t.grad_fn is not None}):
+    for node in nodes(value, {t.grad_fn for tree in known for t in tree.values() if t.grad_fn is not None}):
         if isinstance(node, BackwardCFunction):
             function: Any = type(node)._forward_cls  # pyright: ignore[reportAttributeAccessIssue] set by torch's metaclass
             if getattr(function.backward, "__code__", None) is _once.__code__:
@@ -56,7 +56,7 @@ def refuse_once_differentiable(value: Tensor, where: str, *known: Mapping[str, T
                 )
 
 
-def _nodes(value: Tensor, known: set[Node]) -> Iterator[Node]:
+def nodes(value: Tensor, known: set[Node]) -> Iterator[Node]:
     """The nodes of the graph of ``value``, without those in ``known`` and what is behind them."""
     seen = set(known)
     todo = [node for node in (value.grad_fn,) if node is not None and node not in seen]

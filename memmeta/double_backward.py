@@ -29,14 +29,14 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from torch.overrides import TorchFunctionMode
 
+from .modes import Lasting
 from .pooling import ordinary_autograd
 
 _CONVOLUTIONS = {F.conv1d: 1, F.conv2d: 2, F.conv3d: 3}
 
 
-class LeanDoubleBackward(TorchFunctionMode):
+class LeanDoubleBackward(Lasting):
     """Inside it, convolutions and batch norm on batch statistics are differentiable twice, leanly; others as ever.
 
     Same forward kernels and values; also the running statistics are updated alike.

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from . import trees
+from . import trees, whole
 from .adjoints import Adjoint
 from .capture import refuse_captured
 from .errors import InputError
@@ -18,6 +19,7 @@ from .microbatch import Microbatch
 from .optimizers import InnerOptimizer
 from .places import copied
 from .problem import BoundProblem
+from .programs import Programs
 from .randomness import mixed, replayed_random_state, seed_generators
 from .rollout import Autocast, Leaves, Rollout, State, ones, unheld
 from .stacking import mapped, repeat, stack
@@ -70,6 +72,7 @@ class Episode:
         seeds: Sequence[int],
         microbatch: int | None = None,
         inspect: bool = False,
+        programs: Programs | None = None,
     ) -> None:
         self.stacked = len(tasks) > 1
         self.query = stack([task.query for task in tasks], "query set") if self.stacked else tasks[0].query
@@ -97,14 +100,47 @@ class Episode:
             inspect=inspect,
             autocast=Autocast.current(device),
             holding=unheld if self.stacked else problem.holding,
+            layered=None if self.stacked else problem.layered,
+            programs=programs,
+            baked=None if programs is None else problem.baked,
         )
         if inspect and microbatch is not None:
             self._verify_microbatches()
 
     def meta_gradient(self, adjoint: Adjoint, weights: Sequence[float]) -> Outcome:
         """The sum over the C tasks of the gradients of sum_t weights[t-1] F(theta_t)."""
+        programs = self.rollout.programs
+        if programs is not None and programs.execution != "eager" and whole.small(self.rollout):
+            found = self._from_program(programs, adjoint, weights)
+            if found is not None:
+                return found
+        return self._meta_gradient(adjoint, weights)
+
+    def _from_program(self, programs: Programs, adjoint: Adjoint, weights: Sequence[float]) -> Outcome | None:
+        """The same by one program, which knows the names of the metrics."""
+        one = adjoint.whole(programs.execution)
+        if one is None:
+            return None
+
+        def body(rollout: Rollout, query: Any) -> tuple[Leaves, Tensors, list[Tensor]]:
+            other = copy.copy(self)
+            other.rollout, other.query = rollout, query
+            found = other._meta_gradient(one, weights)
+            return found.grads, {"loss": found.score.loss, **found.score.metrics}, found.losses
+
+        def eager() -> tuple[Leaves, Tensors, list[Tensor]]:
+            return body(replace(self.rollout, programs=None), self.query)
+
+        how = one, tuple(weights)
+        found = whole.run(programs, self.rollout, self.query, how, body, eager)
+        if found is None:
+            return None
+        grads, values, losses = found
+        return Outcome(grads, Score(values.pop("loss"), values), losses, {})
+
+    def _meta_gradient(self, adjoint: Adjoint, weights: Sequence[float]) -> Outcome:
         rollout, final = self.rollout, weights[-1]
-        direct, terms = rollout.leaves.zeros(), []
+        direct, terms = rollout.leaves._replace(params={}, hyper={}).zeros().meta, []
 
         def along(t: int, params: Tensors, buffers: Tensors) -> Tensors | None:
             if weights[t - 1] == 0:
@@ -114,29 +150,32 @@ class Episode:
             return cotangent
 
         solution = adjoint.solve(rollout, along if any(weights[:-1]) else None)
+        pullback, losses, status = solution.pullback, solution.losses, solution.status
         with rollout.session(twice=False):
-            score, cotangent = self._outer_gradient(rollout.steps, solution.params, solution.buffers, final, direct)
-        grads = solution.pullback(cotangent)
-        trees.add_(grads.meta, direct.meta)
+            end, buffers = trees.Owned(solution.params), solution.buffers
+            del solution  # the adapted parameters die with the outer loss's graph
+            score, cotangent = self._outer_gradient(rollout.steps, end, buffers, final, direct)
+        grads = pullback(cotangent)
+        trees.add_(grads.meta, direct)
         if self.stacked:
             grads = grads._replace(params={name: grad.sum(0) for name, grad in grads.params.items()})
         total = torch.stack([*terms, score.loss]).sum(0)
-        return Outcome(grads, Score(total, score.metrics), solution.losses, solution.status)
+        return Outcome(grads, Score(total, score.metrics), losses, status)
 
-    def states(self) -> list[State]:
-        """The states s_0 .. s_T without graphs: T + 1 copies of what is adapted."""
+    def states(self, adjoint: Adjoint) -> list[State]:
+        """The states s_0 .. s_T of the adjoint's inner loop without graphs: T + 1 copies of what is adapted."""
         with self.rollout.session():
             path = [self.rollout.start()]
             for t in range(self.rollout.steps):
-                path.append(self.rollout.advance(t, path[-1])[1])
+                path.append(adjoint.advance(self.rollout, t, path[-1])[1])
         return path
 
-    def last_state(self) -> State:
-        """The state after the last step, without a graph, nothing else kept."""
+    def last_state(self, adjoint: Adjoint) -> State:
+        """The state after the last step of the adjoint's inner loop, without a graph, nothing else kept."""
         with self.rollout.session():
             state = self.rollout.start()
             for t in range(self.rollout.steps):
-                state = self.rollout.advance(t, state)[1]
+                state = adjoint.advance(self.rollout, t, state)[1]
         return state
 
     def score(self, t: int, state: State) -> Score:
@@ -146,11 +185,11 @@ class Episode:
             return self._pieced(t, lambda *piece: piece, state.params, rollout.leaves.meta, state.buffers)
 
     def _outer_gradient(
-        self, t: int, params: Tensors, buffers: Tensors, weight: float, into: Leaves
-    ) -> tuple[Score, Tensors]:
+        self, t: int, params: Tensors, buffers: Tensors, weight: float, into: Tensors
+    ) -> tuple[Score, trees.Owned]:
         """The weighted outer loss at theta_t, and its gradient there; adds that of meta to ``into``."""
-        params, meta = trees.leaves(params), trees.cut(self.rollout.leaves.meta)
-        names, sums = list(into.meta), trees.zeros_like(params)
+        params, meta = trees.leaves(trees.taken(params)), trees.cut(self.rollout.leaves.meta)
+        names, sums = list(into), trees.Owned()
 
         def differentiate(loss: Tensor, metrics: Tensors) -> tuple[Tensor, Tensors]:
             loss = loss * weight
@@ -164,8 +203,10 @@ class Episode:
             inputs = [*params.values(), *(meta[name] for name in names)]
             with self.rollout.holding(params, meta, buffers):
                 found = torch.autograd.grad(loss, inputs, ones(loss), materialize_grads=True)
-            trees.add_(sums, dict(zip(params, found, strict=False)))
-            trees.add_(into.meta, dict(zip(names, found[len(params) :], strict=True)))
+            # The first piece's gradient is not added to: autograd may give one tensor for two parameters.
+            for name, grad in zip(params, found, strict=False):
+                sums[name] = sums[name] + grad if name in sums else grad
+            trees.add_(into, dict(zip(names, found[len(params) :], strict=True)))
             return loss.detach(), metrics
 
         return self._pieced(t, differentiate, params, meta, buffers), sums

@@ -23,6 +23,10 @@ class ReplayError(MemmetaError):
     """An inner step gave another value when it was recomputed: the loss depends on hidden state."""
 
 
+class ConvergenceError(MemmetaError):
+    """A linear solver did not reach its tolerance, and was told to be strict about it."""
+
+
 class NonFiniteError(MemmetaError):
     """A loss or meta-gradient of one task is NaN or infinite.
 
@@ -37,3 +41,7 @@ class NonFiniteError(MemmetaError):
 
     def __reduce__(self) -> tuple[type[NonFiniteError], tuple[str, object, int | None]]:
         return type(self), (self.message, self.address, self.index)
+
+
+class FallbackWarning(UserWarning):
+    """Something that was asked for can't be had, and is done in a slower or larger way with the same result."""

@@ -20,6 +20,7 @@ from .errors import InputError, NonFiniteError
 from .optimizers import InnerOptimizer
 from .places import Places, copied, refuse_checkpoints
 from .problem import BoundProblem, Problem
+from .programs import Execution, Programs
 from .randomness import drawn_seed, mixed
 from .report import Report, TaskScore
 from .rollout import Leaves
@@ -82,6 +83,8 @@ class MetaLearner(nn.Module):
         adjoint: how to differentiate; ``Stepwise()`` if not given.
         step_weights: w_1 .. w_T, the weights of the outer loss after each inner step (MAML++'s multi-step loss); only
             the last step's, with weight 1, if not given. May be assigned between calls.
+        execution: how steps are run: "eager"; "trace", as flat programs in the least memory; "compile", the same
+            through Inductor, the fastest after some seconds or minutes of compiling. The result differs by rounding.
 
     Raises:
         InputError: fewer than one step, other than T weights, hyperparameters that do not fit the parameters or that
@@ -96,6 +99,7 @@ class MetaLearner(nn.Module):
         steps: int,
         adjoint: Adjoint | None = None,
         step_weights: Sequence[float] | None = None,
+        execution: Execution = "eager",
     ) -> None:
         super().__init__()
         check_steps(steps, 1)
@@ -106,6 +110,7 @@ class MetaLearner(nn.Module):
         self.step_weights = step_weights
         optimizer.bind(problem.adapted(), steps)
         self._optimizer = optimizer
+        self.programs = Programs(execution)
         self.hyper = nn.ParameterDict(_parameters(optimizer.hyperparameters()))
         self._check()
 
@@ -181,7 +186,7 @@ class MetaLearner(nn.Module):
             raise InputError(f"on_nonfinite={on_nonfinite!r}: write 'raise' or 'skip'")
         options = _Options(self.problem.bind(), chunk, microbatch, seed)
         params = self.meta_parameters()
-        sums, scores, skipped = trees.zeros_like(trees.detach(params)), [], []
+        sums, scores, skipped = dict[str, Tensor](), [], []
         with memory.peak(self._device(), count_bytes) as peak:
             for group in self._chunks(tasks, options):
                 for part in self._accumulate_chunk(group, options, before, on_nonfinite, sums, inspect=not scores):
@@ -189,7 +194,8 @@ class MetaLearner(nn.Module):
             report = Report(tuple(scores), tuple(skipped), peak(), self.adjoint.approximation)
         if not scores and not skipped:
             raise InputError("there are no tasks to accumulate: give at least one")
-        return MetaGradient(sums, len(scores), report)
+        total = {name: sums[name] if name in sums else torch.zeros_like(p) for name, p in params.items()}
+        return MetaGradient(total, len(scores), report)
 
     def adapt(
         self,
@@ -237,7 +243,7 @@ class MetaLearner(nn.Module):
         for group in self._chunks(tasks, options):
             episode = self._episode(group, options, self._steps(steps), inspect=False)
             rollout = episode.rollout
-            path = episode.states() if curve else [rollout.start(), episode.last_state()]
+            path = episode.states(self.adjoint) if curve else [rollout.start(), episode.last_state(self.adjoint)]
             places = range(len(path)) if curve else (0, rollout.steps)
             each = [episode.score(t, state) for t, state in zip(places, path, strict=True)]
             values = {**each[-1].items(), **each[0].items("_before")}
@@ -267,7 +273,7 @@ class MetaLearner(nn.Module):
         scores = _scores(group, {**score.items(), **first}, status)
         # One meeting with the device per chunk: losses and gradients together.
         if all(math.isfinite(s.values["loss"]) for s in scores) and _finite(grads):
-            trees.add_(sums, self._named(grads))
+            _add(sums, self._named(grads))
             yield from (_Part(s, True) for s in scores)
         elif len(group) > 1:
             del episode, grads
@@ -281,7 +287,8 @@ class MetaLearner(nn.Module):
     def _episode(self, group: list[_Placed], options: _Options, steps: int, inspect: bool) -> Episode:
         tasks = [placed.task for placed in group]
         seeds = [placed.seed for placed in group]
-        return Episode(options.problem, self.optimizer, steps, tasks, seeds, options.microbatch, inspect)
+        problem, programs = options.problem, self.programs
+        return Episode(problem, self.optimizer, steps, tasks, seeds, options.microbatch, inspect, programs)
 
     def _named(self, grads: Leaves) -> Tensors:
         """Gradients by name of meta-parameter."""
@@ -365,6 +372,19 @@ def _scores(
         TaskScore(placed.task.address, {name: column[i] for name, column in columns.items()}, dict(status))
         for i, placed in enumerate(group)
     ]
+
+
+def _add(sums: Tensors, grads: Tensors) -> None:
+    """Add a gradient to a sum, which begins with the first one's own tensors where they are its alone."""
+    known = {sum_.untyped_storage().data_ptr() for sum_ in sums.values()}
+    for name in list(grads):
+        grad = grads.pop(name)
+        if name in sums:
+            sums[name].add_(grad)
+        else:
+            storage = grad.untyped_storage().data_ptr()
+            sums[name] = grad.clone() if storage in known or not grad.is_contiguous() else grad
+            known.add(storage)
 
 
 def _finite(grads: Leaves) -> bool:

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping, MutableMapping
+import fnmatch
+import functools
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd.graph import disable_saved_tensors_hooks
+from torch.utils.checkpoint import checkpoint
 
-from .errors import UnsupportedError
+from .errors import InputError, UnsupportedError
+from .modes import lasting
 from .trees import Tensors
 
 _Slot = tuple[MutableMapping[str, "Tensor | None"], str]
@@ -37,6 +42,48 @@ def refuse_checkpoints(where: str, remedy: str) -> Iterator[None]:
             f"{where} can't run a network with activation checkpointing (torch.utils.checkpoint): its layers would be "
             f"recomputed from other weights; {remedy}"
         ) from error
+
+
+@contextlib.contextmanager
+def checkpointed(net: nn.Module, patterns: Sequence[str]) -> Iterator[None]:
+    """Activation checkpointing of the submodules that ``patterns`` name, for calls inside: what they keep for the
+    backward is their inputs alone, and the rest is computed again there. Of nested submodules the outermost.
+
+    Raises:
+        InputError: a pattern names no submodule.
+    """
+    chosen: dict[str, nn.Module] = {}
+    named = {name: module for name, module in net.named_modules() if name}
+    for pattern in patterns:
+        found = {name: module for name, module in named.items() if fnmatch.fnmatchcase(name, pattern)}
+        if not found:
+            known = ", ".join(named)[:200]
+            raise InputError(f"layers= {pattern!r} matches no submodule of the network: it has {known}")
+        chosen.update(found)
+    chosen = {name: m for name, m in chosen.items() if not any(name.startswith(f"{other}.") for other in chosen)}
+    # Traced, nothing draws random numbers: there is nothing to put back.
+    options = {"use_reentrant": False, "preserve_rng_state": _real(net)}
+    again = lasting()
+    try:
+        for module in chosen.values():
+            vars(module)["forward"] = functools.partial(checkpoint, _under(again, module.forward), **options)
+        yield
+    finally:
+        for module in chosen.values():
+            vars(module).pop("forward", None)
+
+
+def _under(again: Callable[[], contextlib.AbstractContextManager[Any]], forward: Callable[..., Any]) -> Any:
+    def run(*inputs: Any, **options: Any) -> Any:
+        with again():
+            return forward(*inputs, **options)
+
+    return run
+
+
+def _real(net: nn.Module) -> bool:
+    """Whether the weights in place are numbers, and not the fake ones of a tracing."""
+    return not any(isinstance(p, FakeTensor) for p in net.parameters())
 
 
 class Places:

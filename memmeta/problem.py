@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import fnmatch
-from collections.abc import Callable, Mapping, Sequence
+import functools
+from collections.abc import Callable, Collection, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 from . import trees
 from .errors import InputError
 from .microbatch import Reduction
-from .places import Places, copied
+from .places import Places, checkpointed, copied
 from .pooling import FastPooling
 from .trees import Tensors
 
@@ -122,6 +123,12 @@ class BoundProblem:
     draws: dict[str, Draw]
     pooling: bool
 
+    @functools.cached_property
+    def baked(self) -> Hashable:
+        """What a forward reads of the network besides its meta-learned parameters and its buffers: the modes, numbers
+        and switches that its modules hold, and which frozen tensors."""
+        return fingerprint(self.problem.net, {id(p) for p in (*self.adapted.values(), *self.meta.values())})
+
     def start(self) -> Tensors:
         """The initial values of what is adapted: meta-learned parameters, or fresh draws (without a gradient)."""
         return {
@@ -148,9 +155,34 @@ class BoundProblem:
         """The network with these weights, for a backward: checkpointed layers run again then; ``buffers`` stay."""
         return self.places.holding({**meta, **params}, copied(buffers))
 
+    def layered(self, patterns: Sequence[str]) -> contextlib.AbstractContextManager[None]:
+        """The network with activation checkpointing of some of its submodules."""
+        return checkpointed(self.problem.net, patterns)
+
     def _call(self, loss: NetLoss, params: Tensors, meta: Tensors, buffers: Tensors, batch: Any) -> Outcome:
         with self.places.holding({**meta, **params}, buffers):
             return loss(self.problem.net, batch)
+
+
+_PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device)
+
+
+def fingerprint(net: nn.Module, known: Collection[int] = ()) -> Hashable:
+    """The plain attributes of all modules, and the identities of tensors that are neither buffers nor ``known``."""
+    return tuple((name, type(module), *_prints(module, known)) for name, module in net.named_modules())
+
+
+def _prints(module: nn.Module, known: Collection[int]) -> Iterator[Hashable]:
+    for key, value in vars(module).items():
+        if isinstance(value, Tensor):
+            yield key, id(value), value.data_ptr()
+        elif isinstance(value, _PLAIN):
+            yield key, type(value), value
+        elif isinstance(value, (tuple, list)) and all(isinstance(x, _PLAIN) for x in value):
+            yield key, type(value), tuple(value)
+    for key, p in module._parameters.items():
+        if p is not None and id(p) not in known:
+            yield key, id(p), p.data_ptr()
 
 
 def _matches(name: str, pattern: str) -> bool:

@@ -9,7 +9,8 @@ gives the same bits whenever it is run again.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+import dataclasses
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -20,12 +21,14 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from . import trees
 from .capture import refuse_captured, refuse_once_differentiable
-from .errors import InputError
+from .errors import InputError, UnsupportedError
 from .microbatch import Microbatch
 from .optimizers import BoundRule
 from .optimizers.base import Slots
 from .places import copied
+from .programs import Programs
 from .randomness import mixed, replayed_random_state, seed_generators
+from .steps import Call, gradient
 from .trees import Tensors
 
 Loss = Callable[[Tensors, Tensors, Tensors, Any], Tensor]
@@ -107,6 +110,10 @@ class Rollout:
     inspect: bool
     autocast: Autocast
     holding: Holding = unheld
+    layered: Callable[[Sequence[str]], contextlib.AbstractContextManager[None]] | None = None
+    programs: Programs | None = None
+    baked: Hashable = None
+    tracing: bool = False
 
     @property
     def steps(self) -> int:
@@ -116,6 +123,34 @@ class Rollout:
     def start(self) -> State:
         """The state before the first step: the initial parameters, fresh slots, the buffers as they are."""
         return State(self.leaves.params, self.rule.start(self.leaves.params), self.buffers)
+
+    def checkpointed(self, layers: tuple[str, ...]) -> Rollout:
+        """The same rollout, with activation checkpointing of some submodules in every step.
+
+        Raises:
+            UnsupportedError: there is no network, or tasks are stacked.
+        """
+        if not layers:
+            return self
+        layered, loss = self.layered, self.loss
+        if layered is None:
+            reason = (
+                "stacked tasks can't be checkpointed: use chunk=1" if self.microbatch.stacked else "mm.adapt has none"
+            )
+            raise UnsupportedError(f"layers= names submodules of a network, and {reason}")
+
+        def wrapped(params: Tensors, meta: Tensors, buffers: Tensors, batch: Any) -> Tensor:
+            with layered(layers):
+                return loss(params, meta, buffers, batch)
+
+        return dataclasses.replace(self, loss=wrapped, baked=(self.baked, layers))
+
+    def single(self) -> Leaves:
+        """The leaves of one task: where tasks are stacked, the first's initial parameters."""
+        if not self.microbatch.stacked:
+            return self.leaves
+        first = {name: p[0].detach().requires_grad_(p.requires_grad) for name, p in self.leaves.params.items()}
+        return self.leaves._replace(params=first)
 
     @contextlib.contextmanager
     def session(self, twice: bool = True) -> Iterator[None]:
@@ -165,6 +200,36 @@ class Rollout:
         self, t: int, piece: int, params: Tensors, meta: Tensors, buffers: Tensors, create_graph: bool
     ) -> tuple[Tensor, Tensors, Tensors]:
         """As ``gradient``, for one microbatch, weighted so that the sum over pieces is the whole."""
+        if not create_graph and self.programs is not None and self.programs.execution != "eager":
+            found = self._from_program(t, piece, params, meta, buffers)
+            if found is not None:
+                return found
+        return self._eagerly(t, piece, params, meta, buffers, create_graph)
+
+    def call(self, t: int, piece: int, params: Tensors, meta: Tensors, buffers: Tensors) -> Call:
+        """The evaluation of the loss of one microbatch of step t."""
+        batch, weight = self.microbatch.piece(self.batches[t], piece)
+        return Call(self.loss, params, meta, buffers, batch, weight, self.microbatch.stacked, self.baked, self.holding)
+
+    def _from_program(
+        self, t: int, piece: int, params: Tensors, meta: Tensors, buffers: Tensors
+    ) -> tuple[Tensor, Tensors, Tensors] | None:
+        def eagerly() -> list[Tensor]:
+            loss, grads, after = self._eagerly(t, piece, params, meta, buffers, False)
+            return [loss, *grads.values(), *after.values()]
+
+        assert self.programs is not None
+        self.reseed(t, piece)
+        found = gradient(self.programs, self.call(t, piece, params, meta, buffers), eagerly)
+        if found is None:
+            return None
+        grads = dict(zip(params, found[1:], strict=False))
+        after = dict(zip(buffers, found[1 + len(params) :], strict=True))
+        return found[0], grads, self._settled(buffers, after)
+
+    def _eagerly(
+        self, t: int, piece: int, params: Tensors, meta: Tensors, buffers: Tensors, create_graph: bool
+    ) -> tuple[Tensor, Tensors, Tensors]:
         after = copied(buffers)
         self.reseed(t, piece)
         batch, weight = self.microbatch.piece(self.batches[t], piece)
@@ -186,7 +251,10 @@ class Rollout:
             raise self._independent(t)
         grads = [torch.zeros_like(p) if g is None else g for p, g in zip(params.values(), found, strict=True)]
         # A copy: the scalar that F.mse_loss returns lies in the memory of all its elements.
-        return value.detach().clone(), dict(zip(params, grads, strict=True)), settled(buffers, after)
+        return value.detach().clone(), dict(zip(params, grads, strict=True)), self._settled(buffers, after)
+
+    def _settled(self, before: Tensors, after: Tensors) -> Tensors:
+        return trees.detach(after) if self.tracing else settled(before, after)
 
     def _independent(self, t: int) -> InputError:
         return InputError(

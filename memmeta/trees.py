@@ -13,6 +13,18 @@ from .errors import InputError
 Tensors = dict[str, Tensor]
 
 
+class Owned(dict[str, Tensor]):
+    """A tree that is handed over: whoever gets it may take its tensors out, so that they can die there."""
+
+
+def taken(tree: Tensors) -> Tensors:
+    """The same tensors in a dict of one's own; an ``Owned`` one is emptied."""
+    own = dict(tree)
+    if isinstance(tree, Owned):
+        tree.clear()
+    return own
+
+
 def zeros_like(tree: Mapping[str, Tensor]) -> Tensors:
     """Zeros of the same names, shapes, dtypes and devices."""
     return {name: torch.zeros_like(leaf) for name, leaf in tree.items()}

@@ -14,6 +14,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import memmeta as mm
 from memmeta.tasks.learn2learn import import_learn2learn
+from memmeta.testing import central_difference as central_difference
+from memmeta.testing import central_gradient as central_gradient
+from memmeta.testing import error as error
+from memmeta.testing import random_like as random_like
 
 Batch = tuple[Tensor, Tensor]
 Pair = tuple[Batch, Batch]
@@ -153,6 +157,8 @@ PROBLEMS: dict[str, Case] = {
 
 ADJOINTS: dict[str, mm.Adjoint] = {
     "stepwise": mm.Stepwise(),
+    "stepwise_forward": mm.Stepwise(hvp="forward"),
+    "stepwise_sqrt": mm.Stepwise(snapshots="sqrt"),
     "unrolled": mm.Unrolled(),
     "first_order": mm.FirstOrder(),
 }
@@ -228,14 +234,6 @@ def meta_gradient(learner: mm.MetaLearner, tasks: Sequence[Any], **options: Any)
     return grads
 
 
-def error(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> float:
-    """The relative error in the Euclidean norm over all tensors together (one tensor's gradient may well be zero)."""
-    assert found.keys() == wanted.keys(), found.keys() ^ wanted.keys()
-    difference = sum(float((found[name] - wanted[name]).detach().square().sum()) for name in wanted)
-    scale = sum(float(tensor.detach().square().sum()) for tensor in wanted.values())
-    return (difference / scale) ** 0.5 if scale else difference**0.5
-
-
 def torch_steps(
     net: nn.Module, batch: Any, loss: Loss, rule: Rule, steps: int, names: Sequence[str] | None = None, **values: float
 ) -> nn.Module:
@@ -266,22 +264,6 @@ def batched_learn2learn(net: nn.Module, tasks: Sequence[Pair], loss: Loss, rate:
     return {f"net.{name}": torch.zeros_like(p) if p.grad is None else p.grad for name, p in model.named_parameters()}
 
 
-def central_difference(function: Callable[[float], float], step: float = 1e-6) -> float:
-    """df/dx at 0 to O(step^2), with a rounding error of about 1e-16 |f| / step."""
-    return (function(step) - function(-step)) / (2 * step)
-
-
-def central_gradient(function: Callable[[Tensor], float], point: Tensor, step: float = 1e-6) -> Tensor:
-    """The gradient of ``function`` at ``point``, entry by entry."""
-    grad = torch.zeros_like(point)
-    for index in range(point.numel()):
-        unit = torch.zeros(point.numel(), dtype=point.dtype)
-        unit[index] = 1.0
-        unit = unit.view_as(point)
-        grad.view(-1)[index] = central_difference(lambda x, unit=unit: function(point + x * unit), step)
-    return grad
-
-
 def shifted(net: nn.Module, direction: Mapping[str, Tensor], size: float) -> nn.Module:
     """A copy of ``net`` moved along a direction in its parameters."""
     moved = copy.deepcopy(net)
@@ -290,9 +272,3 @@ def shifted(net: nn.Module, direction: Mapping[str, Tensor], size: float) -> nn.
             if name in direction:
                 param.add_(direction[name], alpha=size)
     return moved
-
-
-def random_like(tree: Mapping[str, Tensor], seed: int) -> Tree:
-    """Standard normal numbers of the same shapes."""
-    generator = torch.Generator().manual_seed(seed)
-    return {name: torch.randn(leaf.shape, generator=generator, dtype=leaf.dtype) for name, leaf in tree.items()}

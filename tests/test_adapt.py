@@ -80,6 +80,7 @@ def run(leaves: Tree, adjoint: mm.Adjoint) -> mm.Adapted:
 
 
 @pytest.mark.parametrize("adjoint", EXACT)
+@pytest.mark.filterwarnings("ignore::memmeta.FallbackWarning")  # what can not be traced is run eagerly
 def test_data_weights_rates_and_initial_values_get_exact_gradients(adjoint: str) -> None:
     leaves = {name: leaf.requires_grad_() for name, leaf in every_leaf().items()}
     outer(run(leaves, EXACT[adjoint]).params).backward()
@@ -348,6 +349,7 @@ def test_exceptions_of_the_loss_pass_through(adjoint: str) -> None:
 
 
 @pytest.mark.parametrize("adjoint", EXACT)
+@pytest.mark.filterwarnings("ignore::memmeta.FallbackWarning")  # what can not be traced is run eagerly
 def test_an_inner_loop_inside_an_inner_loop(adjoint: str) -> None:
     """The inner one must be ``Unrolled``, as it is differentiated twice; any other is refused."""
     start = numbers(2).requires_grad_()

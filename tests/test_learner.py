@@ -286,6 +286,8 @@ def snapshot(learner: mm.MetaLearner) -> dict[str, Any]:
 @pytest.mark.parametrize("adjoint", ADJOINTS)
 @pytest.mark.parametrize("where", ["inner", "outer"])
 def test_exceptions_pass_through_and_leave_everything_as_it_was(adjoint: str, where: str) -> None:
+    if (where, adjoint) == ("inner", "stepwise_forward"):
+        pytest.skip("a traced loss is not called again: tests/test_programs.py")
     calls = []
 
     def loss(net: nn.Module, batch: Batch) -> Tensor:

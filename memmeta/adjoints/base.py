@@ -9,7 +9,8 @@ from dataclasses import dataclass, field, replace
 from torch import Tensor
 
 from ..optimizers import BoundRule
-from ..rollout import Leaves, Rollout
+from ..programs import Execution
+from ..rollout import Leaves, Rollout, State
 from ..trees import Tensors
 
 Along = Callable[[int, Tensors, Tensors], "Tensors | None"]
@@ -28,6 +29,7 @@ class Solution:
         losses: the inner loss before each step, T tensors of shape () or (C,), without a graph.
         pullback: takes the cotangent of ``params`` (the gradient of the outer loss with respect to theta_T) and gives
             the meta-gradient of every leaf that requires grad, including what came ``along``. It may be called again.
+            The cotangent's tensors are only read; a ``trees.Owned`` one may be emptied, so that they die on the way.
         status: what an inexact or iterative method has to say of its result (a residual, a number of iterations).
     """
 
@@ -67,6 +69,13 @@ class Adjoint(abc.ABC):
         """Whether the meta-gradient is that of the inner loop, to rounding."""
         return not self.approximation
 
+    def whole(self, execution: Execution) -> Adjoint | None:
+        """The adjoint that runs a whole small task as one program, with the same result; None if there is none.
+
+        Neither its ``run`` nor its pullback may look at values, or move states elsewhere.
+        """
+        return None
+
     def check(self, leaves: Leaves, rule: BoundRule, terms: bool) -> None:  # noqa: B027 most accept everything
         """Refuse, before anything is run, a composition that can't work; called at construction of a learner too.
 
@@ -78,6 +87,13 @@ class Adjoint(abc.ABC):
         Raises:
             UnsupportedError: with the remedy.
         """
+
+    def advance(self, rollout: Rollout, t: int, state: State) -> tuple[Tensor, State]:
+        """One inner step without a graph, as ``run`` takes it: the loss before it, detached, and the state after it.
+
+        For evaluation. A method whose inner loop is another one (a proximal term added to its loss) says so here.
+        """
+        return rollout.advance(t, state)
 
     @abc.abstractmethod
     def run(self, rollout: Rollout, along: Along | None) -> Solution:
@@ -92,12 +108,13 @@ class Adjoint(abc.ABC):
 
     def solve(self, rollout: Rollout, along: Along | None = None) -> Solution:
         """``run`` under the rollout's conditions (autograd mode, random numbers, autocast), and so its pullback."""
-        self.check(rollout.leaves, rollout.rule, along is not None)
+        self.check(rollout.single(), rollout.rule, along is not None)
         with rollout.session():
             solution = self.run(rollout, along)
+        inner = solution.pullback
 
         def pullback(cotangent: Tensors) -> Leaves:
             with rollout.session():
-                return solution.pullback(cotangent)
+                return inner(cotangent)
 
         return replace(solution, pullback=pullback)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from .. import trees
+from ..programs import Execution
 from ..rollout import Leaves, Rollout
 from ..trees import Tensors
 from .base import Adjoint, Along, Solution
@@ -22,6 +23,9 @@ class FirstOrder(Adjoint):
     @property
     def approximation(self) -> str:
         return "first order: the second derivatives of the inner loss are left out"
+
+    def whole(self, execution: Execution) -> Adjoint | None:
+        return self
 
     def run(self, rollout: Rollout, along: Along | None) -> Solution:
         state, losses, total = rollout.start(), [], None

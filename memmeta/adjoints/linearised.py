@@ -10,7 +10,9 @@ from torch import Tensor
 
 from .. import trees
 from ..double_backward import LeanDoubleBackward
+from ..programs import Programs
 from ..rollout import Rollout, State
+from ..steps import HVP, difference, product
 from ..trees import Tensors
 from .operators import named_operators
 
@@ -23,6 +25,14 @@ class Product(NamedTuple):
     meta: Tensors
 
 
+def linearised(rollout: Rollout, t: int, state: State, hvp: HVP = "reverse") -> Linearised | Programmed:
+    """Step t linearised at a state: eagerly reverse over reverse, or by a program."""
+    programs = rollout.programs
+    if programs is None or rollout.tracing or (hvp == "reverse" and programs.execution == "eager"):
+        return Linearised(rollout, t, state)
+    return Programmed(rollout, programs, t, state, hvp)
+
+
 class Linearised:
     """The inner gradient of step t at one state, and products with its derivatives, reverse over reverse.
 
@@ -30,6 +40,9 @@ class Linearised:
     several products cost one gradient and as many backwards; in microbatches the graph of one piece is alive at a time,
     made anew for each product.
     """
+
+    ready = True
+    """Whether the gradient is at hand before a product."""
 
     def __init__(self, rollout: Rollout, t: int, state: State) -> None:
         self._rollout, self._t, self._state = rollout, t, state
@@ -42,7 +55,7 @@ class Linearised:
             params = trees.leaves(state.params)
             self.loss, self.grads, self.buffers = rollout.gradient(t, params, rollout.leaves.meta, state.buffers)
 
-    def product(self, v: Tensors, again: bool = False) -> Product:
+    def product(self, v: Tensors, again: bool = False, grads: bool = False) -> Product:
         """The derivatives of <g_t, v>; ``again`` keeps the graph for another product.
 
         Raises:
@@ -61,6 +74,91 @@ class Linearised:
             )
         assert total is not None
         return total
+
+
+class Programmed:
+    """The same by a program of (loss, gradient, product), which computes the gradient on its way; eagerly without one.
+
+    The gradient alone costs one more program, and is only computed if it is asked for before a product.
+    """
+
+    def __init__(self, rollout: Rollout, programs: Programs, t: int, state: State, hvp: HVP) -> None:
+        self._rollout, self._programs, self._t, self._state = rollout, programs, t, state
+        self._hvp: HVP = hvp
+        self._loss: Tensor | None = None
+        self._grads: Tensors | None = None
+        self.ready = False
+
+    @property
+    def loss(self) -> Tensor:
+        """The loss of the step."""
+        if self._loss is None:
+            self._evaluate()
+        assert self._loss is not None
+        return self._loss
+
+    @property
+    def grads(self) -> Tensors:
+        """The inner gradient."""
+        if self._grads is None:
+            self._evaluate()
+        assert self._grads is not None
+        return self._grads
+
+    def _evaluate(self) -> None:
+        params = trees.leaves(self._state.params)
+        meta, buffers = self._rollout.leaves.meta, self._state.buffers
+        self._loss, self._grads, _ = self._rollout.gradient(self._t, params, meta, buffers)
+
+    def product(self, v: Tensors, again: bool = False, grads: bool = False) -> Product:
+        """The derivatives of <g_t, v>; with ``grads`` the gradient is kept on the way."""
+        rollout, state = self._rollout, self._state
+        names = trees.wanted(rollout.leaves.meta)
+        keep = grads and self._grads is None
+        loss, sums, total = None, None, None
+        for piece in range(rollout.pieces(self._t)):
+            found = self._piece(piece, v, keep)
+            if found is None:
+                return self._eagerly(v)
+            loss = found[0] if loss is None else loss + found[0]
+            rest = iter(found[1:])
+            if keep:
+                part = {name: next(rest) for name in state.params}
+                sums = part if sums is None else trees.axpy(1.0, part, sums)
+            part = Product({name: next(rest) for name in state.params}, {name: next(rest) for name in names})
+            total = part if total is None else _added(total, part)
+        assert total is not None
+        self._loss, self._grads = loss, sums if keep else self._grads
+        return total
+
+    def _piece(self, piece: int, v: Tensors, grads: bool) -> list[Tensor] | None:
+        rollout, state, t = self._rollout, self._state, self._t
+        rollout.reseed(t, piece)
+        call = rollout.call(t, piece, trees.detach(state.params), rollout.leaves.meta, state.buffers)
+
+        def eagerly() -> list[Tensor]:
+            if self._programs.check == "difference":
+                return difference(call, v, grads, lambda: rollout.reseed(t, piece))
+            record = _record(rollout, t, state, piece)
+            with rollout.holding(record.params, record.meta, state.buffers):
+                found = _product(record, v, False)
+            kept = record.grads.values() if grads else ()
+            return [record.loss, *(g.detach() for g in kept), *found.params.values(), *found.meta.values()]
+
+        found = product(self._programs, call, v, self._hvp, grads, eagerly)
+        if found is None and self._hvp == "forward" and self._programs.execution != "eager":
+            rollout.reseed(t, piece)
+            found = product(self._programs, call, v, "reverse", grads, eagerly)
+        return found
+
+    def _eagerly(self, v: Tensors) -> Product:
+        step = Linearised(self._rollout, self._t, self._state)
+        self._loss, self._grads = step.loss, step.grads
+        return step.product(v)
+
+
+def _added(a: Product, b: Product) -> Product:
+    return Product(trees.add_(a.params, b.params), trees.add_(a.meta, b.meta))
 
 
 class _Record(NamedTuple):

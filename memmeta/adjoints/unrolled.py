@@ -9,6 +9,7 @@ from torch import Tensor
 
 from .. import trees
 from ..places import refuse_checkpoints
+from ..programs import Execution
 from ..rollout import Leaves, Rollout, State
 from ..trees import Tensors
 from .base import Adjoint, Along, Solution
@@ -23,6 +24,9 @@ class Unrolled(Adjoint):
     Exact, and differentiable again (``mm.adapt`` returns parameters with their graph). Not recommended beyond a few
     steps of a small network; it is here as the reference that the others are compared to.
     """
+
+    def whole(self, execution: Execution) -> Adjoint | None:
+        return self
 
     def run(self, rollout: Rollout, along: Along | None) -> Solution:
         # Aliases: one tensor may be given under several names, or in several groups (a prior that is the start itself),

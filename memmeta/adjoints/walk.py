@@ -9,47 +9,76 @@ from .. import trees
 from ..errors import ReplayError
 from ..optimizers.base import Slots
 from ..rollout import Leaves, Rollout, State
+from ..steps import HVP
 from ..trees import Tensors
 from .base import Along
-from .linearised import Linearised
+from .linearised import Linearised, Programmed, linearised
 
 
 class Walk:
     """One walk back: it gathers the gradients of meta and hyper, and checks that replayed losses are the same."""
 
-    def __init__(self, rollout: Rollout, along: Along | None, losses: list[Tensor]) -> None:
+    def __init__(self, rollout: Rollout, along: Along | None, losses: list[Tensor], hvp: HVP = "reverse") -> None:
         self.rollout, self.along, self.losses = rollout, along, losses
-        self.grads = rollout.leaves.zeros()
+        self.hvp: HVP = hvp
+        self.grads = rollout.leaves._replace(params={}).zeros()
         self.slots: Slots | None = None
         self.replayed: list[Tensor] = []
 
-    def back(self, t: int, state: State, cotangent: Tensors, step: Linearised | None = None) -> Tensors:
+    def back(self, t: int, state: State, cotangent: Tensors, step: Linearised | Programmed | None = None) -> Tensors:
         """From the cotangent of theta_{t+1} to that of theta_t, with the outer loss's term there.
 
-        ``state`` is s_t, ``step`` the step linearised there if that is at hand. Changes ``cotangent``.
+        ``state`` is s_t, ``step`` the step linearised there if that is at hand. Empties the dict ``cotangent``, whose
+        tensors it only reads.
         """
-        step = Linearised(self.rollout, t, state) if step is None else step
+        step = linearised(self.rollout, t, state, self.hvp) if step is None else step
+        if self.rollout.rule.affine is not None:
+            lambda_theta = self._through_affine(step, cotangent, *self.rollout.rule.affine)
+        else:
+            lambda_theta = self._through(t, state, step, cotangent)
         self.replayed.append(step.loss)
-        lambda_theta, self.slots, lambda_g = self._through_rule(t, state, step.grads, cotangent, self.slots or {})
-        product = step.product(lambda_g)
-        trees.add_(lambda_theta, product.params)
-        trees.add_(self.grads.meta, product.meta)
         if self.along is not None and t > 0:
             term = self.along(t, state.params, state.buffers)
             if term is not None:
                 trees.add_(lambda_theta, term)
         return lambda_theta
 
+    def _through_affine(self, step: Linearised | Programmed, after: Tensors, a: float, b: float) -> Tensors:
+        """p <- a p - b g: the product is linear in its vector, so that the cotangent itself can be multiplied."""
+        product = step.product(after)
+        if product.meta:
+            into = [self.grads.meta[name] for name in product.meta]
+            torch._foreach_add_(into, list(product.meta.values()), alpha=-b)
+        # In place in the product where it is fresh: autograd may hand back the vector, or one tensor under two names.
+        known = {v.untyped_storage().data_ptr() for v in after.values()}
+        found: Tensors = {}
+        for name in list(after):
+            v, h = after.pop(name), product.params.pop(name)
+            storage = h.untyped_storage().data_ptr()
+            found[name] = (h * -b if storage in known else h.mul_(-b)).add_(v, alpha=a)
+            known.add(storage)
+        return found
+
+    def _through(self, t: int, state: State, step: Linearised | Programmed, after: Tensors) -> Tensors:
+        learned = trees.wanted(self.rollout.leaves.hyper)
+        # A linear rule's derivative does not read the gradient, which a program gives together with the product.
+        late = self.rollout.rule.rule.linear and not step.ready
+        slots = self.slots or {}
+        grads = state.params if late else step.grads
+        names = [] if late else learned
+        lambda_theta, self.slots, lambda_g = self._through_rule(t, state, grads, after, slots, names)
+        product = step.product(lambda_g, grads=late and bool(learned))
+        trees.add_(lambda_theta, product.params)
+        trees.add_(self.grads.meta, product.meta)
+        if late and learned:
+            self._through_rule(t, state, step.grads, after, slots, learned)
+        return lambda_theta
+
     def _through_rule(
-        self, t: int, state: State, grads: Tensors, after: Tensors, after_slots: Slots
+        self, t: int, state: State, grads: Tensors, after: Tensors, after_slots: Slots, names: list[str]
     ) -> tuple[Tensors, Slots, Tensors]:
-        """The VJP of the update rule: cotangents of the parameters, slots and gradient; adds those of hyper."""
-        if self.rollout.rule.affine is not None:
-            a, b = self.rollout.rule.affine
-            scaled = torch._foreach_mul(list(after.values()), -b)
-            if a != 1:
-                torch._foreach_mul_(list(after.values()), a)
-            return after, {}, dict(zip(after, scaled, strict=True))
+        """The VJP of the update rule: cotangents of the parameters, slots and gradient; adds those of the
+        hyperparameters ``names``."""
         params, grads = trees.leaves(state.params), trees.leaves(grads)
         slots = {name: trees.leaves(group) for name, group in state.slots.items()}
         hyper = trees.cut(self.rollout.leaves.hyper)
@@ -58,7 +87,6 @@ class Walk:
         # After the last step nothing depends on the slots.
         pairs += [(new_slots[n][k], after_slots[n][k]) for n in after_slots for k in after_slots[n]]
         pairs = [(output, v) for output, v in pairs if output.requires_grad]
-        names = trees.wanted(hyper)
         inputs = [*params.values(), *grads.values(), *(s for g in slots.values() for s in g.values())]
         found = torch.autograd.grad(
             [output for output, _ in pairs],
@@ -76,9 +104,9 @@ class Walk:
 
     def finish(self, cotangent: Tensors) -> Leaves:
         """The meta-gradient, after the first step has been walked back over."""
-        trees.add_(self.grads.params, {name: cotangent[name] for name in self.grads.params})
-        refuse_changed(self.losses, self.replayed[::-1])
-        return self.grads
+        if not self.rollout.tracing:
+            refuse_changed(self.losses, self.replayed[::-1])
+        return self.grads._replace(params={name: cotangent[name] for name in trees.wanted(self.rollout.leaves.params)})
 
 
 def refuse_changed(first: list[Tensor], again: list[Tensor]) -> None:

@@ -11,6 +11,7 @@ from ..adjoints import Adjoint
 from ..learner import MetaLearner
 from ..optimizers import InnerOptimizer
 from ..problem import Problem, Selection, Supervised, accuracy
+from ..programs import Execution
 
 Metric = Callable[[Tensor, Tensor], Tensor]
 
@@ -25,6 +26,7 @@ def maml(
     metrics: Mapping[str, Metric] | None = None,
     adjoint: Adjoint | None = None,
     step_weights: Sequence[float] | None = None,
+    execution: Execution = "eager",
 ) -> MetaLearner:
     """Model-agnostic meta-learning: learn the initial parameters theta from which alpha-steps on a task's support set
     reach a low loss on its query set; min_theta sum_i L_i(U^T_i(theta)).
@@ -38,10 +40,13 @@ def maml(
         metrics: ``{"name": metric(prediction, target) -> scalar}``; accuracy for ``F.cross_entropy`` if not given.
         adjoint: how to differentiate; exact and stepwise if not given, ``mm.FirstOrder()`` is FOMAML.
         step_weights: weights of the outer loss after each step; the last alone if not given.
+        execution: "eager", "trace" or "compile", see ``mm.MetaLearner``.
 
     Source: https://arxiv.org/abs/1703.03400.
     """
     if metrics is None:
         metrics = {"accuracy": accuracy} if loss is F.cross_entropy or isinstance(loss, nn.CrossEntropyLoss) else {}
     problem = Problem(net, Supervised(loss), Supervised(loss, metrics), adapt)
-    return MetaLearner(problem, optimizer=optimizer, steps=steps, adjoint=adjoint, step_weights=step_weights)
+    return MetaLearner(
+        problem, optimizer=optimizer, steps=steps, adjoint=adjoint, step_weights=step_weights, execution=execution
+    )

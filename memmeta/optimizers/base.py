@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import abc
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 
 import torch
 from torch import Tensor
@@ -34,6 +34,12 @@ class InnerOptimizer(abc.ABC):
     (``betas`` is ``beta1`` and ``beta2``). Both methods must be pure, elementwise (so that tasks can be stacked on a
     leading dimension) and made of differentiable tensor operations.
     """
+
+    @property
+    def linear(self) -> bool:
+        """Whether the update is affine in (parameter, gradient, slots) for fixed hyperparameters: its derivative with
+        respect to those then does not read their values."""
+        return False
 
     @abc.abstractmethod
     def slots(self, param: Tensor) -> Tensors:
@@ -88,7 +94,7 @@ class InnerOptimizer(abc.ABC):
         """
         forms = {field: _form(field, value, params, steps) for field, value in self._fields().items()}
         bound = BoundRule(self, forms)
-        found = None if self.hyperparameters() else {self.affine(bound._values(name, 0, {})) for name in params}
+        found = None if self.hyperparameters() else {self.affine(bound.values(name, 0, {})) for name in params}
         return dataclasses.replace(bound, affine=found.pop() if found is not None and len(found) == 1 else None)
 
     def _fields(self) -> dict[str, Hyper]:
@@ -131,6 +137,15 @@ class BoundRule:
     forms: dict[str, _Form]
     affine: tuple[float, float] | None = None
 
+    def baked(self) -> Hashable:
+        """All of the rule that is not in its tensors."""
+        forms = tuple(
+            (field, form.constant, None if form.named is None else tuple(form.named.items()), form.per_step)
+            for field, form in self.forms.items()
+        )
+        flags = (getattr(self.rule, f.name) for f in dataclasses.fields(self.rule))
+        return type(self.rule), forms, tuple(flag for flag in flags if isinstance(flag, bool))
+
     def start(self, params: Mapping[str, Tensor]) -> Slots:
         """Fresh slots for every parameter: no state is shared with any other task."""
         with torch.no_grad():
@@ -146,11 +161,11 @@ class BoundRule:
         new_params: Tensors = {}
         new_slots: Slots = {}
         for name, param in params.items():
-            h = self._values(name, t, hyper)
+            h = self.values(name, t, hyper)
             new_params[name], new_slots[name] = self.rule.update(t, param, grads[name], slots[name], h)
         return new_params, new_slots
 
-    def _values(self, name: str, t: int, hyper: Mapping[str, Tensor]) -> Values:
+    def values(self, name: str, t: int, hyper: Mapping[str, Tensor]) -> Values:
         values: Values = {}
         for field, form in self.forms.items():
             constant = form.constant if form.named is None else form.named[name]

@@ -37,6 +37,10 @@ class SGD(InnerOptimizer):
                 "nesterov=True needs a momentum and no dampening: write SGD(lr, momentum=0.9, nesterov=True)"
             )
 
+    @property
+    def linear(self) -> bool:
+        return True
+
     def slots(self, param: Tensor) -> Tensors:
         return {} if is_zero(self.momentum) else {"momentum": torch.zeros_like(param)}
 

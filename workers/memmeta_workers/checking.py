@@ -15,7 +15,7 @@ from typing import Any
 
 from memmeta.errors import InputError
 
-from . import cli, devices
+from . import budget, cli, devices
 from .compute import check_tasks
 from .experiment import Experiment, load
 from .local import parameters_on_cpu
@@ -43,6 +43,8 @@ def check(argv: Sequence[str]) -> int:
     parser.parser.set_defaults({"workers": ""})  # to be told from --workers 0
     values = parser.parse(argv)
     check_required(file, values)
+    if values.memory is not None:
+        budget.parsed(values.memory)
     if taken := sorted(parameters(file.function).keys() & submit_parser().names()):
         raise InputError(f"experiment({taken[0]}=...): that is an option of memmeta submit; rename the argument")
     devices.use("cpu", values.threads or 1)

@@ -21,6 +21,7 @@ COMMANDS = {
     "train": "commands",
     "evaluate": "commands",
     "plot": "commands",
+    "plan": "plan",
     "node": "node",
     "submit": "submit",
     "jobs": "job_commands",
@@ -39,6 +40,8 @@ Exact meta-gradients in bounded memory for PyTorch.
                              train an experiment; progress, metrics, checkpoints, final evaluation
   memmeta evaluate RUN_DIR   score a run's checkpoint on held-out tasks
   memmeta plot RUN_DIR       draw its learning curves
+  memmeta plan FILE.py --memory 8GiB
+                             what fits a memory budget, and how fast; train --memory 8GiB goes by it
 
 On a Ray cluster, through its dashboard (--address http://HEAD:8265):
   memmeta submit FILE.py [--follow] [options of train]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import shlex
 import sys
 import time
@@ -15,15 +16,18 @@ from rich.console import Console
 
 from memmeta.errors import InputError
 
-from . import checkpoints, devices
+from . import budget, checkpoints, devices
+from .coordinator import StopRequested
 from .experiment import Experiment, ExperimentFile, load
+from .failures import Interrupted
 from .local import local
 from .options import COUNT, Parser, check_required, find_file, parameters, train_parser
 from .progress import PLAIN_SECONDS, Display, display, in_bytes, show
 from .recipe import built, from_values
 from .runs import Config, RunFolder, default_folder, make_config
+from .setting import applied
 from .signals import StopSignals
-from .site import on_site
+from .site import Site, on_site
 from .stores import absolute
 from .train import Run, find, summary_of
 from .update import OuterUpdate
@@ -76,6 +80,7 @@ def train(
             pass  # refused here, before anything is asked of a cluster; the run locks it for itself
     if patience is not None and values.patience is None and values.workers != "0":
         values.patience = patience
+    memory = None if values.memory is None else budget.parsed(values.memory)
     place = None if values.checkpoints is None else absolute(values.checkpoints)
     check_required(file, values)
     shown = display(_console(), every)
@@ -86,13 +91,20 @@ def train(
         devices.use(site.own_device, site.threads)
         options = parser.plain(values, parameters(file.function))
         if values.resume is not None:
-            folder.config().check_options(options, site.threads, site.device, place)
+            folder.config().check_options(options, site.threads, site.device, place, values.memory)
         experiment = devices.place(from_values(file, values), site.own_device)
         config = make_config(
             file.path, file.sha256, options,
             steps=experiment.steps, threads=site.threads, device=site.device, seed=experiment.seed,
-            chance=experiment.chance, checkpoints=place, workers=values.workers,
+            chance=experiment.chance, checkpoints=place, workers=values.workers, memory=values.memory,
         )  # fmt: skip
+        if values.resume is not None:
+            config = dataclasses.replace(config, setting=folder.config().setting)
+        elif memory is not None:
+            config = dataclasses.replace(
+                config, setting=_setting(file, config, experiment, memory, site, shown, signals)
+            )
+        experiment = applied(experiment, config.chosen)
         here = ["memmeta", "train", name, *_where(values), "--run-dir", str(folder.path), "--resume"]
         again = again or shlex.join(here)
         backend = site.backend(file, config, experiment, shown, signals.asked)
@@ -110,6 +122,30 @@ def train(
     return 0
 
 
+def _setting(
+    file: ExperimentFile,
+    config: Config,
+    experiment: Experiment,
+    memory: int,
+    site: Site,
+    shown: Display,
+    signals: StopSignals,
+) -> dict[str, Any]:
+    """What ``--memory`` chooses, once for the whole run: here, or on a device of the cluster where the workers have
+    another one than this process."""
+    if site.service is not None and site.device != site.own_device:
+        recipe, service = site.recipe(file, config), site.service
+        try:
+            found, text = budget.planned_there(recipe, memory, service.cpus, service.gpus, signals.asked)
+        except StopRequested:
+            raise Interrupted("stopped before the run began; nothing was written") from None
+    else:
+        plan = budget.planned(experiment, memory)
+        found, text = budget.setting(plan, experiment), str(plan)
+    shown.note(text.splitlines()[-1])
+    return dataclasses.asdict(found)
+
+
 def _where(values: Namespace) -> list[str]:
     """The options about workers that were given and that no run folder keeps."""
     usual = {"address": "auto", "gpus_per_worker": None, "reduce": "server", "deadline": None, "patience": None}
@@ -119,7 +155,7 @@ def _where(values: Namespace) -> list[str]:
 
 def _resumed(parser: Parser, argv: Sequence[str], file: ExperimentFile, stored: Config) -> Namespace:
     """The arguments again, where what is not given is as it was in the run."""
-    own = {name: getattr(stored, name) for name in ("threads", "device", "steps", "checkpoints", "workers")}
+    own = {name: getattr(stored, name) for name in ("threads", "device", "steps", "checkpoints", "workers", "memory")}
     fixed = {**stored.options, **own}
     parser.set_defaults(fixed, str(file.path))
     return parser.parse(argv)
@@ -154,7 +190,7 @@ def evaluate(argv: Sequence[str]) -> int:
         )
     device = devices.choose(values.device)
     devices.use(device, config.threads)
-    experiment = devices.place(built(file, config.options, config.steps), device)
+    experiment = devices.place(applied(built(file, config.options, config.steps), config.chosen), device)
     checkpoints.restore(found, experiment.learner)
     shown = display(_console())
     if file.sha256 != config.sha256:

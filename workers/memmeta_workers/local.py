@@ -96,8 +96,9 @@ class LocalWorkers(WorkerGroup):
 
     embedded = True
 
-    def __init__(self, experiment: Experiment, layout: Layout) -> None:
+    def __init__(self, experiment: Experiment, layout: Layout, counted: bool = False) -> None:
         self.experiment, self.layout = experiment, layout
+        self._counted = counted  # until the first meta-batch is done
         self._queue: deque[Job] = deque()
 
     def submit(self, job: Job, weights: Weights) -> None:
@@ -105,7 +106,9 @@ class LocalWorkers(WorkerGroup):
 
     def results(self) -> Iterator[JobResult]:
         while self._queue:
-            yield compute(self.experiment, self.layout, self._queue.popleft())
+            job = self._queue.popleft()
+            yield compute(self.experiment, self.layout, job, count_bytes=self._counted and job.gradient)
+            self._counted = self._counted and not (job.gradient and not self._queue)
 
     def cancel(self) -> None:
         self._queue.clear()
@@ -117,6 +120,10 @@ class LocalWorkers(WorkerGroup):
         self.cancel()
 
 
-def local(experiment: Experiment, update: OuterUpdate, stop: Callable[[], bool] = lambda: False) -> Coordinator:
-    """The embedded single-process mode: server and one worker in this process."""
-    return Coordinator(experiment, LocalServer(experiment, update), LocalWorkers(experiment, update.sums_layout), stop)
+def local(
+    experiment: Experiment, update: OuterUpdate, stop: Callable[[], bool] = lambda: False, counted: bool = False
+) -> Coordinator:
+    """The embedded single-process mode: server and one worker in this process; with ``counted`` the bytes of the first
+    outer step are counted on the CPU too."""
+    workers = LocalWorkers(experiment, update.sums_layout, counted)
+    return Coordinator(experiment, LocalServer(experiment, update), workers, stop)

@@ -37,6 +37,7 @@ _OWN = (
     "threads",
     "device",
     "checkpoints",
+    "memory",
     "help",
     "workers",
     "address",
@@ -226,11 +227,7 @@ def train_parser(file: ExperimentFile | None) -> Parser:
         metavar="STEP",
     )
     known = {} if file is None else parameters(file.function)
-    if "steps" not in known:
-        parser.add("steps", COUNT, "outer steps; the experiment's own if not given", metavar="N")
-    text = "CPU threads of each process; PyTorch's choice if not given, this machine's cores shared among --workers"
-    parser.add("threads", COUNT, text, metavar="N")
-    parser.add("device", Literal["auto", "cpu", "cuda"], "where to compute", default="auto")
+    _add_computing(parser, known)
     parser.add(
         "checkpoints",
         str | None,
@@ -241,6 +238,37 @@ def train_parser(file: ExperimentFile | None) -> Parser:
     if file is not None:
         _add_experiment(parser, file, known)
     return parser
+
+
+def plan_parser(file: ExperimentFile | None) -> Parser:
+    """The parser of ``memmeta plan``, with the options of the experiment if it is known."""
+    parser = Parser(
+        "plan",
+        "Shows how the experiment in FILE can take its meta-gradients: with how much memory, and how fast. Nothing is "
+        "trained.",
+    )
+    parser.parser.add_argument("--config", action="config", help="YAML file with options")
+    parser.add("file", str, "the experiment file", positional=True, metavar="FILE")
+    known = {} if file is None else parameters(file.function)
+    _add_computing(parser, known)
+    if file is not None:
+        _add_experiment(parser, file, known)
+    return parser
+
+
+def _add_computing(parser: Parser, known: Mapping[str, inspect.Parameter]) -> None:
+    """How much, and on what."""
+    if "steps" not in known:
+        parser.add("steps", COUNT, "outer steps; the experiment's own if not given", metavar="N")
+    text = "CPU threads of each process; PyTorch's choice if not given, this machine's cores shared among --workers"
+    parser.add("threads", COUNT, text, metavar="N")
+    parser.add("device", Literal["auto", "cpu", "cuda"], "where to compute", default="auto")
+    text = (
+        "bytes that a meta-gradient may take beside the weights and the outer optimiser, such as 8GiB or 512MiB: the "
+        "fastest way that fits is taken, always an exact one, in place of the learner's adjoint and the experiment's "
+        "chunk and microbatch"
+    )
+    parser.add("memory", str | None, text, metavar="BYTES")
 
 
 def _add_workers(parser: Parser) -> None:
@@ -305,11 +333,11 @@ def add_address(parser: Parser) -> None:
     parser.flag("insecure", "talk to another machine without a token")
 
 
-def check_required(file: ExperimentFile, values: Namespace) -> None:
+def check_required(file: ExperimentFile, values: Namespace, command: str = "train") -> None:
     """Raises InputError for an argument without default that was not given."""
     for name, parameter in parameters(file.function).items():
         if parameter.default is inspect.Parameter.empty and values[name] is None:
-            raise InputError(f"{file.path.name} needs --{_dashed(name)}: see memmeta train {file.path.name} --help")
+            raise InputError(f"{file.path.name} needs --{_dashed(name)}: see memmeta {command} {file.path.name} --help")
 
 
 def find_file(argv: Sequence[str]) -> str | None:

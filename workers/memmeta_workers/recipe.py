@@ -18,6 +18,7 @@ from memmeta.errors import InputError
 from . import devices
 from .experiment import Experiment, ExperimentFile, load
 from .options import parameters, train_parser
+from .setting import Setting, applied
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,7 @@ class Recipe:
         device: "cpu" or "cuda", of the workers.
         folder: the working directory, for relative paths in the experiment; that of a job's shipped folder may be
             another one on each machine.
+        setting: what ``--memory`` has chosen, if it was given.
     """
 
     path: str
@@ -44,6 +46,7 @@ class Recipe:
     threads: int
     device: str
     folder: str
+    setting: Setting | None = None
 
     def build(self, device: str) -> Experiment:
         """The experiment, on ``device``, with this process set up for it. It depends on the recipe alone.
@@ -54,7 +57,7 @@ class Recipe:
         if os.path.isdir(self.folder):
             os.chdir(self.folder)
         devices.use(devices.choose(device), self.threads)
-        return devices.place(self._experiment(), device)
+        return devices.place(applied(self._experiment(), self.setting), device)
 
     def _experiment(self) -> Experiment:
         for path in self._places():

@@ -19,6 +19,7 @@ import yaml
 from memmeta.errors import InputError
 
 from .checkpoints import sync
+from .setting import Setting
 
 # What differs between two runs of the same experiment: never compared, never used for anything.
 VOLATILE = ("times", "memory", "service")
@@ -49,6 +50,8 @@ class Config:
         torch: version.
         checkpoints: where its checkpoints are, a folder or an address; ``None`` for the run folder's own.
         workers: how many processes computed, last time; the result does not depend on it.
+        memory: the budget that was asked for.
+        setting: what it came to, as plain data.
     """
 
     experiment: str
@@ -63,6 +66,13 @@ class Config:
     torch: str
     checkpoints: str | None = None
     workers: str = "0"
+    memory: str | None = None
+    setting: dict[str, Any] | None = None
+
+    @property
+    def chosen(self) -> Setting | None:
+        """What the budget has chosen, if there was one."""
+        return None if self.setting is None else Setting(**self.setting)
 
     def check_file(self, path: Path, sha256: str) -> None:
         """Refuses to go on with another experiment file than the run began with.
@@ -77,15 +87,21 @@ class Config:
             )
 
     def check_options(
-        self, options: Mapping[str, Any], threads: int, device: str, checkpoints: str | None = None
+        self,
+        options: Mapping[str, Any],
+        threads: int,
+        device: str,
+        checkpoints: str | None = None,
+        memory: str | None = None,
     ) -> None:
         """Refuses to go on under other options; only the number of outer steps may change.
 
         Raises:
             InputError: names the option, and the way out.
         """
-        before = {**self.options, "threads": self.threads, "device": self.device, "checkpoints": self.checkpoints}
-        after = {**options, "threads": threads, "device": device, "checkpoints": checkpoints}
+        own = ("threads", "device", "checkpoints", "memory")
+        before = {**self.options, **{name: getattr(self, name) for name in own}}
+        after = {**options, "threads": threads, "device": device, "checkpoints": checkpoints, "memory": memory}
         for name in sorted(before.keys() | after.keys()):
             if name != "steps" and before.get(name) != after.get(name):
                 option = "--" + name.replace("_", "-")

@@ -60,20 +60,9 @@ class Site:
         """What ``Run`` makes its coordinator with."""
         service = self.service
         if service is None:
-            return lambda update: contextlib.nullcontext(local(experiment, update, stop))
-        text = file.path.read_bytes()
-        if hashlib.sha256(text).hexdigest() != file.sha256:
-            raise InputError(f"{file.path} was changed while the run started: start it again")
-        recipe = Recipe(
-            path=str(file.path),
-            sha256=file.sha256,
-            text=text,
-            options=config.options,
-            steps=config.steps,
-            threads=config.threads,
-            device=config.device,
-            folder=os.getcwd(),
-        )
+            counted = config.setting is not None
+            return lambda update: contextlib.nullcontext(local(experiment, update, stop, counted))
+        recipe = self.recipe(file, config)
 
         @contextlib.contextmanager
         def start(update: OuterUpdate) -> Iterator[Coordinator]:
@@ -83,6 +72,27 @@ class Site:
                 yield coordinator
 
         return start
+
+    def recipe(self, file: ExperimentFile, config: Config) -> Recipe:
+        """What the processes on the cluster build.
+
+        Raises:
+            InputError: the file has changed meanwhile.
+        """
+        text = file.path.read_bytes()
+        if hashlib.sha256(text).hexdigest() != file.sha256:
+            raise InputError(f"{file.path} was changed while the run started: start it again")
+        return Recipe(
+            path=str(file.path),
+            sha256=file.sha256,
+            text=text,
+            options=config.options,
+            steps=config.steps,
+            threads=config.threads,
+            device=config.device,
+            folder=os.getcwd(),
+            setting=config.chosen,
+        )
 
 
 @contextlib.contextmanager

@@ -14,7 +14,7 @@ from memmeta import Report
 from memmeta.errors import InputError, MemmetaError, NonFiniteError
 from memmeta.memory import resident_bytes
 
-from . import checkpoints, policies
+from . import budget, checkpoints, policies
 from .board import Board
 from .checkpoints import Best, Checkpoint, CorruptError, Extra
 from .compute import SourceName, check_tasks
@@ -71,7 +71,7 @@ class Run:
         encode(state, {}, "the state of the outer optimiser or its schedule")
         self._extra = Extra(self.config.sha256, encode(state["schedule"], {}, "the schedule"))
         self._held = contextlib.ExitStack()
-        self._step, self._behind = 0, False
+        self._step, self._behind, self._told = 0, False, False
         self._peaks: dict[str, int] = {}
 
     def __enter__(self) -> Run:
@@ -195,9 +195,21 @@ class Run:
         while self._step < self.config.steps:
             record = self._surviving(self.coordinator.run_step)
             self._step = record.step
+            record = self._compared(record)
             self._peaks.update(record.service.get("peak_bytes", {}))
             self.display.step(record)
             self._finish_step(as_json(record), board)
+
+    def _compared(self, record: StepRecord) -> StepRecord:
+        """Says, of the first step that is measured, what was predicted and what it took."""
+        chosen, measured = self.config.chosen, record.peak_bytes
+        if chosen is None or measured is None:
+            return record
+        if not self._told:
+            self._told = True
+            self.display.note(budget.outcome(chosen, measured))
+        # On the CPU only the first step's bytes are counted; the others show what is resident, and so does this one.
+        return dataclasses.replace(record, peak_bytes=None) if self.config.device == "cpu" else record
 
     def _finish_step(self, line: dict[str, Any], board: Board) -> None:
         step, improved = line["step"], False
