@@ -39,6 +39,7 @@ class Candidate:
         microbatch: examples per pass, None for all.
         bytes: the peak of a meta-gradient above what is alive before it, as ``report.peak_bytes``.
         seconds: of a whole meta-batch, without the first use of programs.
+        bound: the bytes are a lower bound, which was already above the budget.
     """
 
     adjoint: Adjoint
@@ -48,6 +49,7 @@ class Candidate:
     microbatch: int | None
     bytes: int
     seconds: float
+    bound: bool = False
 
     def apply(self, learner: MetaLearner) -> dict[str, Any]:
         """Set the learner's adjoint and execution; returns the options ``chunk`` and ``microbatch`` of ``accumulate``.
@@ -109,7 +111,7 @@ class Plan:
                 one.execution,
                 str(one.chunk),
                 "all" if one.microbatch is None else str(one.microbatch),
-                in_bytes(one.bytes),
+                f"{'over ' * one.bound}{in_bytes(one.bytes)}",
                 f"{one.seconds:.3g}",
                 "yes" if self.fits(one) else "no",
             )

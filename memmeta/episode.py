@@ -189,7 +189,7 @@ class Episode:
     ) -> tuple[Score, trees.Owned]:
         """The weighted outer loss at theta_t, and its gradient there; adds that of meta to ``into``."""
         params, meta = trees.leaves(trees.taken(params)), trees.cut(self.rollout.leaves.meta)
-        names, sums = list(into), trees.Owned()
+        names = list(into)
 
         def differentiate(loss: Tensor, metrics: Tensors) -> tuple[Tensor, Tensors]:
             loss = loss * weight
@@ -202,14 +202,20 @@ class Episode:
                 )
             inputs = [*params.values(), *(meta[name] for name in names)]
             with self.rollout.holding(params, meta, buffers):
-                found = torch.autograd.grad(loss, inputs, ones(loss), materialize_grads=True)
-            # The first piece's gradient is not added to: autograd may give one tensor for two parameters.
-            for name, grad in zip(params, found, strict=False):
-                sums[name] = sums[name] + grad if name in sums else grad
-            trees.add_(into, dict(zip(names, found[len(params) :], strict=True)))
+                if self.rollout.tracing:
+                    found = torch.autograd.grad(loss, inputs, ones(loss), materialize_grads=True)
+                    for leaf, grad in zip(inputs, found, strict=True):
+                        leaf.grad = grad if leaf.grad is None else leaf.grad + grad
+                else:  # pieces add up as their gradients come: one copy of the parameters
+                    loss.backward(ones(loss), inputs=inputs)
             return loss.detach(), metrics
 
-        return self._pieced(t, differentiate, params, meta, buffers), sums
+        score = self._pieced(t, differentiate, params, meta, buffers)
+        for name in names:
+            grad = meta[name].grad
+            into[name] = into[name] if grad is None else into[name].add_(grad)
+        grads = {name: torch.zeros_like(x) if x.grad is None else x.grad for name, x in params.items()}
+        return score, trees.Owned(grads)
 
     def _pieced(
         self,

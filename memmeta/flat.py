@@ -150,6 +150,18 @@ def functional(program: Flat, inputs: Sequence[Tensor]) -> None:
     relaxed(program)
 
 
+def hastened(program: Flat) -> Flat:
+    """Add to what is given as soon as there is something to add: ``add_`` on inputs moves to where its other argument
+    is computed."""
+    graph = program.module.graph
+    for node in [node for node in graph.nodes if node.target is aten.add_.Tensor]:
+        into, value = node.args[:2]
+        if isinstance(into, Node) and into.op == "placeholder" and isinstance(value, Node):
+            value.append(node)
+    program.module.recompile()
+    return program
+
+
 _MASKED = {
     aten.convolution_backward.default,
     aten.native_layer_norm_backward.default,
@@ -180,6 +192,19 @@ def relaxed(program: Flat) -> Flat:
             node.target = aten.reshape.default
     program.module.recompile()
     return program
+
+
+def without_alpha(module: GraphModule) -> GraphModule:
+    """Write a + alpha b as a product and a sum, in place: Inductor fuses a sum with a matrix product into one operator
+    and leaves alpha out of it (torch 2.13)."""
+    for node in module.graph.nodes:
+        alpha = node.kwargs.get("alpha", 1)
+        if node.target in (aten.add.Tensor, aten.sub.Tensor) and alpha != 1:
+            with module.graph.inserting_before(node):
+                scaled = module.graph.call_function(aten.mul.Tensor, (node.args[1], alpha))
+            node.args, node.kwargs = (node.args[0], scaled), {}
+    module.recompile()
+    return module
 
 
 def _keep_masks(module: GraphModule) -> None:

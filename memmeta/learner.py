@@ -376,13 +376,13 @@ def _scores(
 
 def _add(sums: Tensors, grads: Tensors) -> None:
     """Add a gradient to a sum, which begins with the first one's own tensors where they are its alone."""
-    known = {sum_.untyped_storage().data_ptr() for sum_ in sums.values()}
+    known = {sum_.untyped_storage()._cdata for sum_ in sums.values()}
     for name in list(grads):
         grad = grads.pop(name)
         if name in sums:
             sums[name].add_(grad)
         else:
-            storage = grad.untyped_storage().data_ptr()
+            storage = grad.untyped_storage()._cdata
             sums[name] = grad.clone() if storage in known or not grad.is_contiguous() else grad
             known.add(storage)
 

@@ -43,6 +43,8 @@ class _Counter(TorchDispatchMode):
 
     def _meet(self, tensor: Tensor, new: bool) -> None:
         storage = tensor.untyped_storage()
+        if storage.device.type == "meta":  # a tracing's: there is no memory behind it
+            return
         key = storage._cdata
         if key in self.known:
             return

@@ -59,12 +59,17 @@ def plan(
     fitting = sorted((c for c in found if c.bytes <= budget), key=lambda c: (c.seconds, c.bytes))
     others = sorted((c for c in found if c.bytes > budget), key=lambda c: (c.bytes, c.seconds))
     if not fitting:
-        raise Infeasible(
-            f"memory={in_bytes(budget)} is not enough for a meta-gradient: the least possible is "
-            f"{in_bytes(others[0].bytes)}, with {others[0]}; give that much, or make the tasks or the network smaller",
-            others[0],
-        )
+        raise _infeasible(budget, others[0])
     return Plan(budget, tasks, (*fitting, *others), prober.runs, time.perf_counter() - prober.began)
+
+
+def _infeasible(budget: int, least: Candidate) -> Infeasible:
+    least_bytes = f"{'more than ' * least.bound}{in_bytes(least.bytes)}"
+    return Infeasible(
+        f"memory={in_bytes(budget)} is not enough for a meta-gradient: the least possible is {least_bytes}, with "
+        f"{least}; give that much, or make the tasks or the network smaller",
+        least,
+    )
 
 
 def _checked(tasks: object) -> int:

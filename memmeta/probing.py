@@ -65,6 +65,10 @@ class Prober:
         support, query = (-(-(size or 1) // microbatch) for size in self.sizes)
         return support, query
 
+    def sums(self) -> int:
+        """Bytes of one meta-gradient: what is kept of a task while the next one runs."""
+        return sum(p.nbytes for p in self.learner.meta_parameters().values())
+
     def cut(self, most: int) -> Task:
         """The task with ``most`` examples at most in each set."""
         support, query = (_first(batch, most) for batch in (self.task.support, self.task.query))

@@ -128,6 +128,11 @@ class Programs:
                 )
         return found
 
+    def unused(self, key: Hashable) -> bool:
+        """Whether the next use of the program ``key`` would be its first."""
+        entry = self._kept.get(key)
+        return entry is None or (entry.program is not None and entry.uses == 0)
+
     def note(self, key: Hashable) -> Any:
         """What the program ``key``, which has just been run, says of how its outputs are read."""
         program = self._kept[key].program

@@ -186,11 +186,35 @@ class Rollout:
 
         In microbatches, one after the other, if so configured: the memory is one piece's unless ``create_graph``.
         """
+        if self.pieces(t) > 1 and not create_graph and not self.tracing:
+            return self._in_pieces(t, params, meta, buffers)
         total, sums, after = self.piece_gradient(t, 0, params, meta, buffers, create_graph)
         for piece in range(1, self.pieces(t)):
             value, grads, _ = self.piece_gradient(t, piece, params, meta, buffers, create_graph)
             total, sums = total + value, {name: sums[name] + grads[name] for name in sums}
         return total, sums, after
+
+    def _in_pieces(self, t: int, params: Tensors, meta: Tensors, buffers: Tensors) -> tuple[Tensor, Tensors, Tensors]:
+        """The gradient in microbatches, each added to the sum as soon as it is there: one copy of the parameters."""
+        total, after, sums = None, buffers, trees.leaves(params)
+        for piece in range(self.pieces(t)):
+            found = self._from_program(t, piece, params, meta, buffers) if self._programmed() else None
+            if found is not None:
+                value, grads, after = found
+                for name, leaf in sums.items():
+                    leaf.grad = grads[name] if leaf.grad is None else leaf.grad.add_(grads[name])
+            else:
+                value, after = self._value(t, piece, sums, meta, buffers, False)
+                with self.holding(sums, meta, buffers):
+                    value.backward(ones(value), inputs=list(sums.values()))
+                value, after = value.detach().clone(), self._settled(buffers, after)
+            total = value if total is None else total + value
+        if all(leaf.grad is None for leaf in sums.values()) or total is None:
+            raise self._independent(t)
+        return total, {n: torch.zeros_like(x) if x.grad is None else x.grad for n, x in sums.items()}, after
+
+    def _programmed(self) -> bool:
+        return self.programs is not None and self.programs.execution != "eager"
 
     def pieces(self, t: int) -> int:
         """How many microbatches step t is computed in."""
@@ -200,7 +224,7 @@ class Rollout:
         self, t: int, piece: int, params: Tensors, meta: Tensors, buffers: Tensors, create_graph: bool
     ) -> tuple[Tensor, Tensors, Tensors]:
         """As ``gradient``, for one microbatch, weighted so that the sum over pieces is the whole."""
-        if not create_graph and self.programs is not None and self.programs.execution != "eager":
+        if not create_graph and self._programmed():
             found = self._from_program(t, piece, params, meta, buffers)
             if found is not None:
                 return found
@@ -230,6 +254,21 @@ class Rollout:
     def _eagerly(
         self, t: int, piece: int, params: Tensors, meta: Tensors, buffers: Tensors, create_graph: bool
     ) -> tuple[Tensor, Tensors, Tensors]:
+        value, after = self._value(t, piece, params, meta, buffers, create_graph)
+        with self.holding(params, meta, buffers):
+            found = torch.autograd.grad(
+                value, list(params.values()), ones(value), create_graph=create_graph, allow_unused=True
+            )
+        if all(grad is None for grad in found):
+            raise self._independent(t)
+        grads = [torch.zeros_like(p) if g is None else g for p, g in zip(params.values(), found, strict=True)]
+        # A copy: the scalar that F.mse_loss returns lies in the memory of all its elements.
+        return value.detach().clone(), dict(zip(params, grads, strict=True)), self._settled(buffers, after)
+
+    def _value(
+        self, t: int, piece: int, params: Tensors, meta: Tensors, buffers: Tensors, create_graph: bool
+    ) -> tuple[Tensor, Tensors]:
+        """The loss of one microbatch with its graph, and the buffers after it."""
         after = copied(buffers)
         self.reseed(t, piece)
         batch, weight = self.microbatch.piece(self.batches[t], piece)
@@ -243,15 +282,7 @@ class Rollout:
             refuse_captured(value, "inner loss", params, meta)
         if self.inspect and create_graph and piece == 0 and self._last_of_its_batch(t):
             refuse_once_differentiable(value, "inner loss", params, meta)
-        with self.holding(params, meta, buffers):
-            found = torch.autograd.grad(
-                value, list(params.values()), ones(value), create_graph=create_graph, allow_unused=True
-            )
-        if all(grad is None for grad in found):
-            raise self._independent(t)
-        grads = [torch.zeros_like(p) if g is None else g for p, g in zip(params.values(), found, strict=True)]
-        # A copy: the scalar that F.mse_loss returns lies in the memory of all its elements.
-        return value.detach().clone(), dict(zip(params, grads, strict=True)), self._settled(buffers, after)
+        return value, after
 
     def _settled(self, before: Tensors, after: Tensors) -> Tensors:
         return trees.detach(after) if self.tracing else settled(before, after)

@@ -15,6 +15,8 @@ from .task import Task
 
 _UNROLLED = 16  # most inner steps at which keeping all graphs is a candidate
 _GAIN = 0.95  # twice the chunk is worth a probe while a task takes at most this share of the time
+_FAR = 4  # times the budget
+_PIECES = 3  # at the third, what is left of the second is alive beside the sum
 _SHARE = 0.4  # of the reverse product's memory, that forward over reverse has at least
 
 
@@ -28,19 +30,37 @@ class Search:
         self.kept = None if replaceable(learner.adjoint) else learner.adjoint
         self.names = blocks(learner.net)
         self.found: list[Candidate] = []
+        self._gain = True  # whether two stacked tasks are faster than one after the other
         self._few: dict[Adjoint, Cost | None] = {}
 
     def candidates(self) -> list[Candidate]:
         """All that were looked at."""
+        considered: list[Adjoint] = []
         for adjoint in self._adjoints():
-            if not (_layers(adjoint) and self._ample()):
-                cost = self._whole(adjoint)
-                if cost is not None and not _layers(adjoint):
-                    self._stacked(adjoint, cost)
-        for adjoint in self._adjoints():
+            if _layers(adjoint) and self._ample():
+                continue
+            considered.append(adjoint)
+            cost = self._whole(adjoint)
+            if cost is not None and not _layers(adjoint):
+                self._stacked(adjoint, cost)
+        for adjoint in considered:
             if not isinstance(adjoint, Unrolled) and not self._roomy(adjoint):
                 self._pieces(adjoint)
+        self._settle()
         return self.found
+
+    def _settle(self) -> None:
+        """Where nothing fits: measure what may be the smallest, to say what would do, unless it is far from fitting."""
+        while self.found:
+            one = min(self.found, key=lambda c: (c.bytes, c.bound))
+            if not one.bound or not self.budget < one.bytes <= _FAR * self.budget:
+                return
+            kind = without_snapshots(one.adjoint)
+            self.found = [c for c in self.found if not (c.bound and without_snapshots(c.adjoint) == kind)]
+            way = self._way(kind)
+            cost = self._cost(way)
+            if cost is not None:
+                self._add(way, cost)
 
     def _ample(self) -> bool:
         """Whether the layers' activations need not be computed again: all snapshots fit as it is."""
@@ -60,8 +80,7 @@ class Search:
         tell; returns the cost if it was measured and fits."""
         few = self._extrapolated(adjoint)
         if few is not None and self._least(adjoint, few) > self.budget:
-            if not self._forward(adjoint):
-                self._add(self._way(adjoint), few)
+            self._add(self._way(adjoint), few, bound=True)
             return None
         way = self._way(adjoint)
         cost = self._cost(way)
@@ -91,6 +110,8 @@ class Search:
     def _stacked(self, adjoint: Adjoint, cost: Cost) -> None:
         """Chunks of 2, 4, ... tasks, while they fit and each is faster than the one before."""
         chunk, before = 2, cost
+        if self._forward(adjoint) and not self._gain:
+            return  # the tracing is not worth it
         while chunk <= self.tasks and 2 * self._least(adjoint, before) <= self.budget:
             way = self._way(adjoint, chunk=chunk)
             found = self._cost(way)
@@ -98,6 +119,7 @@ class Search:
                 return
             self._add(way, found)
             if self._fastest(adjoint, found) > 2 * _GAIN * self._fastest(adjoint, before):
+                self._gain = self._gain and chunk > 2
                 return
             chunk, before = 2 * chunk, found
 
@@ -133,12 +155,12 @@ class Search:
             self._add(self._way(adjoint, microbatch=size), self._in_pieces(affine(known, size), size))
 
     def _piece(self, adjoint: Adjoint, size: int) -> Cost | None:
-        """The cost of two pieces, which is that of any number but for the seconds."""
-        return self._cost(self._way(adjoint, microbatch=size), self.prober.cut(2 * size))
+        """The cost of a few pieces, which is that of any number but for the seconds."""
+        return self._cost(self._way(adjoint, microbatch=size), self.prober.cut(_PIECES * size))
 
     def _in_pieces(self, cost: Cost, size: int) -> Cost:
         pieces = self.prober.pieces(size)
-        measured = (min(count, 2) for count in pieces)
+        measured = (min(count, _PIECES) for count in pieces)
         return cost.pieces(*(count / few for count, few in zip(pieces, measured, strict=True)))
 
     def _way(self, adjoint: Adjoint, chunk: int = 1, microbatch: int | None = None) -> Way:
@@ -163,12 +185,17 @@ class Search:
 
     def _cost(self, way: Way, task: Task | None = None) -> Cost | None:
         if self.kept is not None:
-            lengths: Sequence[int] = (self.steps,)
-            return self.prober.cost(way, lengths, lengths, task)
-        if isinstance(way.adjoint, Unrolled):
-            lengths = range(max(1, min(self.steps, 3) - 1), min(self.steps, 3) + 1)
-            return self.prober.cost(way, lengths, lengths, task)
-        return self.prober.cost(way, (min(self.steps, 2),), range(1, min(self.steps, 2) + 1), task)
+            peaks: Sequence[int] = (self.steps,)
+            times = peaks
+        elif isinstance(way.adjoint, Unrolled):
+            peaks = times = range(max(1, min(self.steps, 3) - 1), min(self.steps, 3) + 1)
+        else:
+            peaks, times = (min(self.steps, 2),), range(1, min(self.steps, 2) + 1)
+        found = self.prober.cost(way, peaks, times, task)
+        if found is None or self.tasks <= way.chunk:
+            return found
+        sums = self.prober.sums()  # of the tasks before it
+        return dataclasses.replace(found, peaks={steps: peak + sums for steps, peak in found.peaks.items()})
 
     def _each(self, adjoint: Adjoint, cost: Cost) -> Iterator[tuple[Adjoint, float, float]]:
         """The adjoint with each policy of snapshots, its bytes and its seconds for one chunk."""
@@ -190,12 +217,11 @@ class Search:
     def _fastest(self, adjoint: Adjoint, cost: Cost) -> float:
         return min(seconds for _, _, seconds in self._each(adjoint, cost))
 
-    def _add(self, way: Way, cost: Cost) -> None:
+    def _add(self, way: Way, cost: Cost, bound: bool = False) -> None:
         chunks = -(-self.tasks // way.chunk)
         for adjoint, size, seconds in self._each(way.adjoint, cost):
-            one = Candidate(
-                adjoint, self.execution, way.check, way.chunk, way.microbatch, round(size), chunks * seconds
-            )
+            options = way.check, way.chunk, way.microbatch
+            one = Candidate(adjoint, self.execution, *options, round(size), chunks * seconds, bound)
             self.found.append(one)
 
 

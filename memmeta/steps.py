@@ -106,17 +106,44 @@ def gradient(programs: Programs, call: Call, eager: Run) -> list[Tensor] | None:
     return _run(programs, call, ("gradient",), build, call.inputs(), eager, again=True)
 
 
-def product(programs: Programs, call: Call, v: Tensors, hvp: HVP, grads: bool, eager: Run) -> list[Tensor] | None:
+def product(
+    programs: Programs,
+    call: Call,
+    v: Tensors,
+    hvp: HVP,
+    grads: bool,
+    eager: Run,
+    into: Sequence[Tensor] = (),
+) -> list[Tensor] | None:
     """The loss, its gradient by parameter (if ``grads``), and the derivative of <gradient, v> with respect to the
-    parameters and the meta tensors that require grad, from a program; None without one."""
+    parameters and the meta tensors that require grad, from a program; None without one.
+
+    With ``into`` gradients and products are added to these tensors, each as soon as it is there, and they are returned.
+    """
     inputs = [*call.inputs(), *(v[name] for name in call.params)]
+    kind = ("product", hvp, grads, bool(into))
 
     def build() -> flat.Flat:
-        return (_forward if hvp == "forward" else _reverse)(call, inputs, grads)
+        found = _forward if hvp == "forward" else _reverse
+        if not into:
+            return found(call, inputs, lambda loss, gs, hs: [loss, *(gs if grads else ()), *hs])
+
+        def added(loss: Tensor, gs: Sequence[Tensor], hs: Sequence[Tensor], *sums: Tensor) -> list[Tensor]:
+            parts = [*(gs if grads else ()), *hs]
+            return [loss, *(total.add_(part) for total, part in zip(sums, parts, strict=True))]
+
+        return flat.hastened(found(call, inputs, added, into))
+
+    first = bool(into) and programs.unused(call.key(kind))
+    before = [x.clone() for x in into] if first else []
+
+    def compared() -> Sequence[Tensor]:
+        loss, *parts = eager()
+        return [loss, *(map(torch.add, before, parts) if into else parts)]
 
     forward = {"option": "hvp='forward'", "instead": "hvp='reverse' is used"} if hvp == "forward" else {}
     tolerance = DIFFERENCE if programs.check == "difference" else None
-    return _run(programs, call, ("product", hvp, grads), build, inputs, eager, tolerance=tolerance, **forward)
+    return _run(programs, call, kind, build, [*inputs, *into], compared, tolerance=tolerance, **forward)
 
 
 def difference(call: Call, v: Tensors, grads: bool, reseed: Callable[[], None]) -> list[Tensor]:
@@ -181,7 +208,11 @@ def _refuse_custom_functions(value: Tensor) -> None:
             raise NoProgram(f"the loss uses the autograd function {name}, which forward over reverse can't follow")
 
 
-def _forward(call: Call, inputs: Sequence[Tensor], grads: bool) -> flat.Flat:
+Give = Callable[..., list[Tensor]]
+"""give(loss, gradients, products, *sums) -> the outputs of a product's program"""
+
+
+def _forward(call: Call, inputs: Sequence[Tensor], give: Give, sums: Sequence[Tensor] = ()) -> flat.Flat:
     """Forward over reverse: the program of the gradient, made to carry the tangent v of the parameters."""
     wanted = trees.wanted(call.meta)
     fixed, n = len(call.inputs()), len(call.params)
@@ -189,23 +220,25 @@ def _forward(call: Call, inputs: Sequence[Tensor], grads: bool) -> flat.Flat:
     flat.functional(first, inputs[:fixed])
     rematerialise(first.module)
 
+    many = fixed + n + len(sums)
+
     def carried(*tensors: Tensor) -> list[Tensor]:
-        primals = [*tensors[:fixed], *tensors[fixed + n :]]
+        primals = [*tensors[:fixed], *tensors[many:]]
         moves = [*tensors[fixed : fixed + n], *[None] * (len(primals) - n)]
         values, tangents = dual.carry(first.module, primals, moves)
         end = 1 + n + len(wanted)
         pairs = zip(values[1:end], tangents[1:end], strict=True)
         products = [torch.zeros_like(x) if v is None else v for x, v in pairs]
-        return [values[0], *(values[1 : 1 + n] if grads else ()), *products]
+        return give(values[0], values[1 : 1 + n], products, *tensors[fixed + n : many])
 
     try:
-        program = flat.trace(carried, [*inputs, *first.captured])
+        program = flat.trace(carried, [*inputs[: fixed + n], *sums, *first.captured])
         return flat.trimmed(flat.relaxed(program.bound(first.captured)))
     except dual.Unsupported as error:
         raise NoProgram(f"{error} has no forward derivative") from error
 
 
-def _reverse(call: Call, inputs: Sequence[Tensor], grads: bool) -> flat.Flat:
+def _reverse(call: Call, inputs: Sequence[Tensor], give: Give, sums: Sequence[Tensor] = ()) -> flat.Flat:
     """Reverse over reverse, traced."""
     wanted = trees.wanted(call.meta)
     fixed, n = len(call.inputs()), len(call.params)
@@ -214,7 +247,8 @@ def _reverse(call: Call, inputs: Sequence[Tensor], grads: bool) -> flat.Flat:
         given = call.replaced(tensors[:fixed])
         with LeanDoubleBackward() if not call.stacked else contextlib.nullcontext():
             found = _gradient(given, [], True)
-        pairs = [(g, v) for g, v in zip(found[1 : 1 + n], tensors[fixed:], strict=True) if g.requires_grad]
+        vectors = tensors[fixed : fixed + n]
+        pairs = [(g, v) for g, v in zip(found[1 : 1 + n], vectors, strict=True) if g.requires_grad]
         leaves = [*given.params.values(), *(given.meta[name] for name in wanted)]
         second: Sequence[Tensor] = [torch.zeros_like(x) for x in leaves]
         if pairs:
@@ -222,8 +256,10 @@ def _reverse(call: Call, inputs: Sequence[Tensor], grads: bool) -> flat.Flat:
                 second = torch.autograd.grad(
                     [g for g, _ in pairs], leaves, [v for _, v in pairs], materialize_grads=True
                 )
-        return [found[0], *((g.detach() for g in found[1 : 1 + n]) if grads else ()), *second]
+        return give(found[0], [g.detach() for g in found[1 : 1 + n]], second, *tensors[fixed + n :])
 
-    program = flat.trace(twice, inputs)
-    flat.functional(program, inputs)
+    given = [*inputs[: fixed + n], *sums]
+    program = flat.trace(twice, given)
+    if not sums:
+        flat.functional(program, given)
     return program

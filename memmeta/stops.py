@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
 
 from . import trees
+from .modes import Lasting
 
 _library = torch.library.Library("memmeta", "DEF")
 _library.define("stop(Tensor x) -> Tensor")
@@ -22,7 +22,7 @@ STOP = torch.ops.memmeta.stop.default
 _DETACH = (torch.Tensor.detach, torch.detach, torch.Tensor.data.__get__)  # type: ignore[attr-defined]
 
 
-class MarkedStops(TorchFunctionMode):
+class MarkedStops(Lasting):
     """Inside it, what is detached or computed under ``no_grad`` from tensors that require grad is marked by ``STOP``.
 
     In a flat program a ``detach`` of the loss's own can't be told from those of autograd's bookkeeping.

@@ -130,7 +130,7 @@ def test_memory_under_autocast_does_not_depend_on_the_number_of_tasks(adjoint: m
         assert found is not None
         return found
 
-    assert peak(30) == pytest.approx(peak(1), rel=0.01)
+    assert peak(30) == pytest.approx(peak(2), rel=0.01)  # from the second task on there is a sum beside the gradient
 
 
 def test_memory_under_autocast_is_one_state_per_step() -> None:

@@ -29,3 +29,10 @@ def test_links_lead_somewhere(name: str) -> None:
 
 def test_nothing_is_left_to_fill_in() -> None:
     assert not re.findall(r"@[A-Z]+@", README)
+
+
+@pytest.mark.slow
+def test_the_adjoint_of_the_architecture_page_keeps_the_contract(capsys: pytest.CaptureFixture[str]) -> None:
+    (program,) = re.findall(r"```python\n(.*?)```", (ROOT / "ARCHITECTURE.md").read_text(), flags=re.DOTALL)
+    exec(compile(program, "ARCHITECTURE.md", "exec"), {"__name__": "architecture"})
+    assert re.search(r"\d+ passed, 0 refused", capsys.readouterr().out)

@@ -115,23 +115,19 @@ class Programmed:
         rollout, state = self._rollout, self._state
         names = trees.wanted(rollout.leaves.meta)
         keep = grads and self._grads is None
-        loss, sums, total = None, None, None
+        loss, sums = None, list[Tensor]()
         for piece in range(rollout.pieces(self._t)):
-            found = self._piece(piece, v, keep)
+            found = self._piece(piece, v, keep, sums)
             if found is None:
                 return self._eagerly(v)
             loss = found[0] if loss is None else loss + found[0]
-            rest = iter(found[1:])
-            if keep:
-                part = {name: next(rest) for name in state.params}
-                sums = part if sums is None else trees.axpy(1.0, part, sums)
-            part = Product({name: next(rest) for name in state.params}, {name: next(rest) for name in names})
-            total = part if total is None else _added(total, part)
-        assert total is not None
-        self._loss, self._grads = loss, sums if keep else self._grads
-        return total
+            sums = sums or (_own(found[1:], v) if rollout.pieces(self._t) > 1 else found[1:])
+        rest = iter(sums)
+        grads_found = {name: next(rest) for name in state.params} if keep else self._grads
+        self._loss, self._grads = loss, grads_found
+        return Product({name: next(rest) for name in state.params}, {name: next(rest) for name in names})
 
-    def _piece(self, piece: int, v: Tensors, grads: bool) -> list[Tensor] | None:
+    def _piece(self, piece: int, v: Tensors, grads: bool, sums: list[Tensor]) -> list[Tensor] | None:
         rollout, state, t = self._rollout, self._state, self._t
         rollout.reseed(t, piece)
         call = rollout.call(t, piece, trees.detach(state.params), rollout.leaves.meta, state.buffers)
@@ -145,10 +141,14 @@ class Programmed:
             kept = record.grads.values() if grads else ()
             return [record.loss, *(g.detach() for g in kept), *found.params.values(), *found.meta.values()]
 
-        found = product(self._programs, call, v, self._hvp, grads, eagerly)
+        found = product(self._programs, call, v, self._hvp, grads, eagerly, sums)
         if found is None and self._hvp == "forward" and self._programs.execution != "eager":
             rollout.reseed(t, piece)
-            found = product(self._programs, call, v, "reverse", grads, eagerly)
+            found = product(self._programs, call, v, "reverse", grads, eagerly, sums)
+        if found is None and sums:  # one piece among others that are run by programs
+            rollout.reseed(t, piece)
+            found = eagerly()
+            torch._foreach_add_(sums, found[1:])
         return found
 
     def _eagerly(self, v: Tensors) -> Product:
@@ -157,8 +157,15 @@ class Programmed:
         return step.product(v)
 
 
-def _added(a: Product, b: Product) -> Product:
-    return Product(trees.add_(a.params, b.params), trees.add_(a.meta, b.meta))
+def _own(tensors: list[Tensor], v: Tensors) -> list[Tensor]:
+    """The tensors, copied where they share memory with each other or with ``v``: they are going to be added to."""
+    known = {x.untyped_storage()._cdata for x in v.values()}
+    found = []
+    for x in tensors:
+        storage = x.untyped_storage()._cdata
+        found.append(x.clone() if storage in known else x)
+        known.add(storage)
+    return found
 
 
 class _Record(NamedTuple):

@@ -50,11 +50,11 @@ class Walk:
             into = [self.grads.meta[name] for name in product.meta]
             torch._foreach_add_(into, list(product.meta.values()), alpha=-b)
         # In place in the product where it is fresh: autograd may hand back the vector, or one tensor under two names.
-        known = {v.untyped_storage().data_ptr() for v in after.values()}
+        known = {v.untyped_storage()._cdata for v in after.values()}
         found: Tensors = {}
         for name in list(after):
             v, h = after.pop(name), product.params.pop(name)
-            storage = h.untyped_storage().data_ptr()
+            storage = h.untyped_storage()._cdata
             found[name] = (h * -b if storage in known else h.mul_(-b)).add_(v, alpha=a)
             known.add(storage)
         return found

@@ -122,5 +122,5 @@ def test_fields_are_those_of_the_file() -> None:
     names = [field.name for field in dataclasses.fields(Config)]
     assert names == [
         "experiment", "sha256", "options", "steps", "threads", "device", "seed", "chance", "memmeta", "torch",
-        "checkpoints", "workers",
+        "checkpoints", "workers", "memory", "setting",
     ]  # fmt: skip

@@ -86,7 +86,7 @@ def planned_there(
     import ray
     from ray import exceptions
 
-    task = ray.remote(num_cpus=cpus, num_gpus=gpus, max_retries=0)(_there).remote(recipe, memory)
+    task = ray.remote(num_cpus=cpus, num_gpus=gpus, max_retries=0)(there).remote(recipe, memory)
     while not ray.wait([task], timeout=_WAIT)[0]:
         if stop():
             ray.cancel(task, force=True)
@@ -102,7 +102,8 @@ def planned_there(
     return found
 
 
-def _there(recipe: Recipe, memory: int) -> tuple[Setting, str] | MemmetaError:
+def there(recipe: Recipe, memory: int) -> tuple[Setting, str] | MemmetaError:
+    """What a process of the cluster does for ``planned_there``; errors are returned, as Ray would wrap them."""
     try:
         experiment = recipe.build(recipe.device)
         found = planned(experiment, memory)

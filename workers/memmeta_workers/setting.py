@@ -38,18 +38,19 @@ class Setting:
     chunk: int
     microbatch: int | None
 
+    def made(self) -> Adjoint | None:
+        """The adjoint, ``None`` for that of the learner."""
+        if self.adjoint is None:
+            return None
+        fields = {name: value for name, value in self.adjoint.items() if name != "name"}
+        return _ADJOINTS[self.adjoint["name"]](**fields)
+
     def applied(self, experiment: Experiment) -> Experiment:
         """The experiment with this setting; its learner is changed in place."""
         learner = experiment.learner
-        if self.adjoint is not None:
-            learner.adjoint = self._adjoint(self.adjoint)
+        learner.adjoint = self.made() or learner.adjoint
         learner.programs = Programs(self.execution, check=self.check)
         return dataclasses.replace(experiment, chunk=self.chunk, microbatch=self.microbatch)
-
-    @staticmethod
-    def _adjoint(plain: dict[str, Any]) -> Adjoint:
-        fields = {name: value for name, value in plain.items() if name != "name"}
-        return _ADJOINTS[plain["name"]](**fields)
 
 
 def applied(experiment: Experiment, setting: Setting | None) -> Experiment:
