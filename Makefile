@@ -5,7 +5,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.complete
 
-.PHONY: demo test test-rest lint format wheel bench bench-service clean
+.PHONY: demo test test-rest lint format wheel bench bench-adjoints bench-service clean
 
 demo: $(STAMP)
 	rm -rf runs/demo
@@ -33,6 +33,15 @@ wheel: $(STAMP)
 bench: $(STAMP)
 	$(BIN)/python benchmarks/speed.py --json benchmarks/results/speed.json
 	$(BIN)/python benchmarks/memory.py --json benchmarks/results/memory.json --plot benchmarks/results/memory.png
+
+# Memory and time of the adjoints: bytes are counted, the same on every machine; times want a quiet one. The long inner
+# loops take an hour, and gpu.py measures nothing without a GPU.
+bench-adjoints: $(STAMP)
+	$(BIN)/python benchmarks/adjoints.py --json benchmarks/results/adjoints.json --plot benchmarks/results/adjoints.png
+	$(BIN)/python benchmarks/execution.py --json benchmarks/results/execution.json
+	$(BIN)/python benchmarks/long.py --steps 100 --json benchmarks/results/long.json
+	$(BIN)/python benchmarks/long.py --steps 500 --json benchmarks/results/long.json
+	$(BIN)/python benchmarks/gpu.py --json benchmarks/results/gpu.json
 
 # Of the service, on a private Ray cluster: scaling and overhead, a long run's memory, kills at random.
 bench-service: $(STAMP)

@@ -50,20 +50,21 @@ COLOURS = ("#D55E00", "#E69F00", "#56B4E9", "#CC79A7", "#0072B2", "#009E73", "#0
 DASHES = ("-", "--", "-.", ":", "-", "--", "-.")
 
 
-def against_steps(sizes: Sequence[int], longest: int, cap: float) -> Curves:
-    """Peaks of the GPT under each adjoint at each number of inner steps, up to the first above ``cap`` bytes; those
-    that should be flat up to ``longest`` steps."""
+def against_steps(options: argparse.Namespace) -> dict[str, Any]:
+    """Peaks of the GPT under each adjoint against inner steps, up to the first above the cap; those that should be flat
+    up to twice as many."""
+    sizes = [2**power for power in range(11) if 2**power <= options.most]
     found: Curves = {name: {} for name in ADJOINTS}
     for name, adjoint in ADJOINTS.items():
-        for steps in [*sizes, *([longest] if name in FLAT and longest > max(sizes) else [])]:
+        for steps in [*sizes, *([2 * sizes[-1]] if name in FLAT else [])]:
             found[name][steps] = peak_of(gpt(steps=steps), adjoint)
             print(f"  {name:24s} {steps:5d}: {found[name][steps] / MIB:9.1f} MiB", flush=True)
-            if found[name][steps] > cap:
+            if found[name][steps] > options.cap * 2**30:
                 break
-    return found
+    return {"problem": gpt().name, "peaks": found}
 
 
-def long_loops(sizes: Sequence[int]) -> Curves:
+def long_loops(options: argparse.Namespace) -> dict[str, Any]:
     """Peaks of an MLP under the adjoints that keep no states: ``Forward`` for rate and momentum, ``Reversible`` for the
     initial parameters, of which it keeps log2(1/momentum) bits per step and element."""
     methods: dict[str, Callable[[Workload], int]] = {"Forward, rate and momentum": forward_peak}
@@ -72,10 +73,15 @@ def long_loops(sizes: Sequence[int]) -> Curves:
         methods[name] = lambda work, momentum=momentum: peak_of(work, mm.Reversible(), momentum=momentum)
     found: Curves = {name: {} for name in methods}
     for name, method in methods.items():
-        for steps in sizes:
+        for steps in (10, 100, 1000):
             found[name][steps] = method(small(steps))
             print(f"  {name:28s} {steps:5d}: {found[name][steps] / MIB:9.2f} MiB", flush=True)
-    return found
+    return {"problem": small(1).name, "peaks": found}
+
+
+def floors(options: argparse.Namespace) -> dict[str, Any]:
+    """The distance to the floor of all models, for one inner step and for 8 with the states on disk."""
+    return {model.name: [distances(model, steps) for steps in (1, 8)] for model in MODELS}
 
 
 def small(steps: int) -> Workload:
@@ -100,7 +106,7 @@ def forward_peak(work: Workload) -> int:
     return mm.memory.peak_of(gradient)
 
 
-def multi_step() -> dict[str, Any]:
+def multi_step(options: argparse.Namespace) -> dict[str, Any]:
     """Peaks of Conv4 with equal weights of the outer losses of 5 steps, against the last step's alone."""
     work, found = conv4_wide(steps=5), dict[str, Any]()
     for hvp in ("reverse", "forward"):
@@ -109,6 +115,14 @@ def multi_step() -> dict[str, Any]:
         found[hvp] = {"last_step": last, "every_step": every, "ratio": every / last}
         print(f"  {hvp}: last step {last / MIB:.1f} MiB, every step {every / MIB:.1f} MiB, {every / last:.3f} x")
     return {"problem": work.name, "steps": work.steps, **found}
+
+
+PARTS: dict[str, Callable[[argparse.Namespace], dict[str, Any]]] = {
+    "floor": floors,
+    "multi_step": multi_step,
+    "inner_steps": against_steps,
+    "long_loops": long_loops,
+}
 
 
 def summary(curves: Curves, loops: Curves) -> dict[str, float]:
@@ -133,13 +147,13 @@ def draw(content: dict[str, Any], path: Path) -> None:
     FigureCanvasAgg(figure)
     panels = figure.subplots(1, 3)
     for axes, curves, title in (
-        (panels[0], content["inner_steps"], content["problem"]),
-        (panels[1], content["long_loops"], f"adjoints without states: {content['long_problem']}"),
+        (panels[0], content["inner_steps"], content["inner_steps"]["problem"]),
+        (panels[1], content["long_loops"], f"adjoints without states: {content['long_loops']['problem']}"),
     ):
-        for (name, curve), colour, dash in zip(curves.items(), COLOURS, DASHES, strict=False):
+        for (name, curve), colour, dash in zip(curves["peaks"].items(), COLOURS, DASHES, strict=False):
             values = [size / MIB for size in curve.values()]
             axes.plot(list(curve), values, dash, color=colour, marker="o", markersize=3.5, label=name)
-        ticks = sorted({steps for curve in curves.values() for steps in curve})
+        ticks = sorted({steps for curve in curves["peaks"].values() for steps in curve})
         axes.set(xscale="log", yscale="log", xlabel="inner steps T", ylabel="peak memory (MiB)")
         axes.set_title(title, fontsize=9)
         axes.set_xticks(ticks, [str(tick) for tick in ticks])
@@ -177,33 +191,36 @@ def _bars(axes: Axes, floor: dict[str, list[dict[str, Any]]]) -> None:
     axes.set_title("distance to the floor, T = 1", fontsize=9)
 
 
+def _numbered(found: dict[str, Any]) -> dict[Any, Any]:
+    """JSON's keys are strings; those of curves are numbers."""
+    return {int(key) if key.isdigit() else key: value for key, value in found.items()}
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Measure, draw, write JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, help="where to write the figures")
     parser.add_argument("--plot", type=Path, help="where to draw them (PNG)")
+    parser.add_argument("--only", nargs="+", choices=PARTS, help="measure these again, keep the others of the file")
     parser.add_argument("--cap", type=float, default=6, help="GiB at which a curve ends (default: 6)")
     parser.add_argument("--most", type=int, default=64, help="most inner steps of the GPT (default: 64)")
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
     warnings.simplefilter("error", mm.FallbackWarning)  # a figure of another method than the one named
-    sizes = [2**power for power in range(11) if 2**power <= options.most]
-    content: dict[str, Any] = {"environment": environment(), "problem": gpt().name}
-    print("the floor")
-    content["floor"] = {model.name: [distances(model, steps) for steps in (1, 8)] for model in MODELS}
-    print("outer losses at every step")
-    content["multi_step"] = multi_step()
-    print("inner steps")
-    content["inner_steps"] = against_steps(sizes, 2 * options.most, options.cap * 2**30)
-    print("inner loops without states")
-    content["long_problem"] = small(1).name
-    content["long_loops"] = long_loops((10, 100, 1000))
-    content["ratios"] = summary(content["inner_steps"], content["long_loops"])
-    print("\n".join(f"  {name}: {ratio:.3f}" for name, ratio in content["ratios"].items()))
+    content: dict[str, Any] = {}
+    if options.only and options.json and options.json.exists():
+        content = json.loads(options.json.read_text(), object_hook=_numbered)
+    content["environment"] = environment()
+    for name in options.only or PARTS:
+        print(name)
+        content[name] = PARTS[name](options)
+    if "inner_steps" in content and "long_loops" in content:
+        content["ratios"] = summary(content["inner_steps"]["peaks"], content["long_loops"]["peaks"])
+        print("\n".join(f"  {name}: {ratio:.3f}" for name, ratio in content["ratios"].items()))
     if options.json:
         options.json.parent.mkdir(parents=True, exist_ok=True)
         options.json.write_text(json.dumps(content, indent=2) + "\n")
-    if options.plot:
+    if options.plot and all(name in content for name in PARTS):
         options.plot.parent.mkdir(parents=True, exist_ok=True)
         draw(content, options.plot)
 

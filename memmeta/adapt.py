@@ -15,7 +15,7 @@ from .adjoints import Adjoint, Solution, Stepwise
 from .errors import InputError, UnsupportedError
 from .microbatch import Microbatch, Reduction
 from .optimizers import InnerOptimizer
-from .problem import check_scalar
+from .problem import check_scalar, read
 from .programs import Execution, NoProgram, Programs
 from .randomness import drawn_seed
 from .rollout import Autocast, Leaves, Rollout
@@ -118,7 +118,7 @@ def _baked(loss: MetaLoss, meta: Any) -> Hashable:
     """What names a loss in programs: the function, and what of ``meta`` is not in its tensors."""
     try:
         hash(loss)
-        return loss, skeleton(meta)
+        return loss, tuple(read(loss)), skeleton(meta)
     except (NoProgram, TypeError):
         return object()  # like no other: a program of it is used by this call alone
 

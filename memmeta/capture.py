@@ -38,7 +38,8 @@ def refuse_captured(value: Tensor, where: str, *known: Mapping[str, Tensor]) -> 
 
 
 def refuse_once_differentiable(value: Tensor, where: str, *known: Mapping[str, Tensor]) -> None:
-    """Check that no ``torch.autograd.Function`` marked ``once_differentiable`` is in the graph of ``value``.
+    """Check that no ``torch.autograd.Function`` marked ``once_differentiable`` is in the graph of ``value``, nor
+    torch's own weight norm.
 
     ``torch.autograd.grad`` says nothing when it differentiates one twice: it takes the first derivative for a constant.
 
@@ -46,6 +47,11 @@ def refuse_once_differentiable(value: Tensor, where: str, *known: Mapping[str, T
         UnsupportedError: there is one; the message names it.
     """
     for node in nodes(value, {t.grad_fn for tree in known for t in tree.values() if t.grad_fn is not None}):
+        if node.name() == "WeightNormInterfaceBackward0":
+            raise UnsupportedError(
+                f"the {where} uses weight_norm, whose second derivative is wrong in torch (2.13, without a word): "
+                "compute the weight as v * (g / v.norm()), or use adjoint=FirstOrder()"
+            )
         if isinstance(node, BackwardCFunction):
             function: Any = type(node)._forward_cls  # pyright: ignore[reportAttributeAccessIssue] set by torch's metaclass
             if getattr(function.backward, "__code__", None) is _once.__code__:

@@ -127,7 +127,9 @@ class BoundProblem:
     def baked(self) -> Hashable:
         """What a forward reads of the network besides its meta-learned parameters and its buffers: the modes, numbers
         and switches that its modules hold, and which frozen tensors."""
-        return fingerprint(self.problem.net, {id(p) for p in (*self.adapted.values(), *self.meta.values())})
+        problem, known = self.problem, {id(p) for p in (*self.adapted.values(), *self.meta.values())}
+        functions = tuple(tuple(read(f)) for f in (problem.inner_loss, problem.outer_loss))
+        return fingerprint(problem.net, known), functions
 
     def start(self) -> Tensors:
         """The initial values of what is adapted: meta-learned parameters, or fresh draws (without a gradient)."""
@@ -170,6 +172,33 @@ _PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.
 def fingerprint(net: nn.Module, known: Collection[int] = ()) -> Hashable:
     """The plain attributes of all modules, and the identities of tensors that are neither buffers nor ``known``."""
     return tuple((name, type(module), *_prints(module, known)) for name, module in net.named_modules())
+
+
+def read(function: Any, depth: int = 3) -> Iterator[Hashable]:
+    """The plain values, and the identities of the tensors, that a function reads from its closure, from its module's
+    globals or as attributes; so of the functions that it reads, but for those of libraries."""
+    code, found = getattr(function, "__code__", None), dict[str, Any]()
+    if code is None:
+        found = dict(getattr(function, "__dict__", {}))
+    elif not str(function.__module__).startswith("torch"):
+        cells = zip(code.co_freevars, function.__closure__ or (), strict=True)
+        found = {name: function.__globals__[name] for name in code.co_names if name in function.__globals__}
+        found.update({name: cell.cell_contents for name, cell in cells if _full(cell)})
+    for name, value in found.items():
+        if isinstance(value, Tensor):
+            yield name, id(value), value.data_ptr()
+        elif isinstance(value, _PLAIN):
+            yield name, type(value), value
+        elif callable(value) and depth and not isinstance(value, (type, nn.Module)):
+            yield name, tuple(read(value, depth - 1))
+
+
+def _full(cell: Any) -> bool:
+    try:
+        _ = cell.cell_contents
+    except ValueError:  # not assigned yet
+        return False
+    return True
 
 
 def _prints(module: nn.Module, known: Collection[int]) -> Iterator[Hashable]:

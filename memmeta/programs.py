@@ -145,6 +145,8 @@ class Programs:
                 program = build().settle()
             if self.execution == "compile":
                 self._compile(program, inputs)
+        except InputError:
+            raise
         except Exception as error:
             # Whatever it is, the eager run meets it again if it is the loss's own.
             refuse(_reason(error))
@@ -155,7 +157,7 @@ class Programs:
         import torch._inductor as inductor
 
         example: list[Any] = [*(x.detach() for x in inputs), *program.captured]
-        module = copy.deepcopy(program.module)
+        module = flat.without_alpha(copy.deepcopy(program.module))
         try:
             options = _options(example)
             compiled: Any = inductor.compile(module, example, options=options)

@@ -188,13 +188,14 @@ def _run(
 def _gradient(call: Call, more: list[str], create_graph: bool = False, followed: bool = False) -> list[Tensor]:
     """[loss, gradients of the parameters, those of the meta tensors ``more``, buffers]; ``followed`` by tangents."""
     inputs = [*call.params.values(), *(call.meta[name] for name in more)]
+    before = {name: buffer.clone() for name, buffer in call.buffers.items()}
     with LeanAttention() if not call.stacked else contextlib.nullcontext():
         with MarkedStops() if followed else contextlib.nullcontext():
             value = call.value()
         if followed:
             _refuse_custom_functions(value)
         ones = torch.ones_like(value) if value.dim() else None
-        with call.holding(call.params, call.meta, call.buffers):
+        with call.holding(call.params, call.meta, before):
             found = torch.autograd.grad(value, inputs, ones, create_graph=create_graph, allow_unused=True)
     grads = [torch.zeros_like(x) if g is None else g for x, g in zip(inputs, found, strict=True)]
     return [value.detach().clone(), *grads, *(b.detach() for b in call.buffers.values())]

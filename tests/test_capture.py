@@ -87,3 +87,17 @@ def test_task_data_that_requires_grad(part: str, chunk: int) -> None:
     learner = mm.maml(mlp().double(), loss=F.mse_loss, optimizer=mm.SGD(0.1), steps=2)
     with pytest.raises(mm.CaptureError, match=r"\[6, 3\]"):
         learner.accumulate([first, second, bad], chunk=chunk)
+
+
+def test_weight_norm_is_refused() -> None:
+    """torch's own second derivative of it fails gradgradcheck."""
+    v, g = torch.randn(3, 4), torch.rand(3, 1)
+    params = {"v": v.requires_grad_(), "g": g.requires_grad_()}
+    with pytest.raises(mm.UnsupportedError, match="weight_norm, whose second derivative is wrong in torch"):
+        mm.adapt(
+            lambda p, m, b: torch._weight_norm(p["v"], p["g"], 0).square().sum() ** 2,
+            params,
+            [0, 0],
+            optimizer=mm.SGD(lr=0.1),
+            adjoint=mm.Unrolled(),
+        )

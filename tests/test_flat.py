@@ -174,6 +174,15 @@ def test_outputs_that_nobody_uses_are_not_computed() -> None:
     assert masks[aten.native_group_norm_backward.default] == [True, True, False]
 
 
+def test_sums_without_alpha() -> None:
+    x, y = randn(3, 4), randn(4)
+    program = program_of(lambda x, y: [torch.add(x, y, alpha=-0.3), torch.sub(x, y, alpha=2), x + y], x, y)
+    wanted = program(x, y)
+    flat.without_alpha(program.module)
+    assert all(torch.allclose(a, b, rtol=1e-14) for a, b in zip(program(x, y), wanted, strict=True))
+    assert not any("alpha" in node.kwargs for node in program.module.graph.nodes)
+
+
 class Deep(nn.Module):
     """Residual blocks of a normalisation and a wide elementwise function; (n, 16) to (n, 2)."""
 

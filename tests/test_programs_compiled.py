@@ -83,7 +83,7 @@ def test_learners_that_take_turns(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("name", ["mlp", "tied"])
 def test_whole_tasks(name: str, chunk: int) -> None:
     case = PROBLEMS[name]
-    rate = torch.tensor(case.rate, requires_grad=True)
+    rate = torch.tensor(case.rate, dtype=torch.float64, requires_grad=True)
     optimizer = mm.SGD(lr=rate, momentum=0.5)
     options = {"loss": case.loss, "optimizer": optimizer, "step_weights": [0.3, 0.7]}
     learner = learner_of(case.net(), mm.Stepwise(), **options)
