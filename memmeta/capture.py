@@ -49,7 +49,7 @@ def refuse_once_differentiable(value: Tensor, where: str, *known: Mapping[str, T
     for node in nodes(value, {t.grad_fn for tree in known for t in tree.values() if t.grad_fn is not None}):
         if node.name() == "WeightNormInterfaceBackward0":
             raise UnsupportedError(
-                f"the {where} uses weight_norm, whose second derivative is wrong in torch (2.13, without a word): "
+                f"the {where} calls torch._weight_norm, whose second derivative is silently wrong in torch 2.13: "
                 "compute the weight as v * (g / v.norm()), or use adjoint=FirstOrder()"
             )
         if isinstance(node, BackwardCFunction):

@@ -18,6 +18,7 @@ from .microbatch import Reduction
 from .places import Places, checkpointed, copied
 from .pooling import FastPooling
 from .trees import Tensors
+from .weight_norm import ExactWeightNorm
 
 Selection = str | Sequence[str] | Callable[[str, nn.Parameter], bool]
 Draw = Callable[[Tensor], Tensor]
@@ -72,7 +73,10 @@ class Problem:
         """
         adapted = self._chosen()
         meta = {name: p for name, p in self.trainable().items() if name not in adapted}
-        return BoundProblem(self, Places(self.net), adapted, meta, self.draws(), FastPooling.helps(self.net))
+        net = self.net
+        return BoundProblem(
+            self, Places(net), adapted, meta, self.draws(), FastPooling.helps(net), ExactWeightNorm.needed(net)
+        )
 
     def trainable(self) -> dict[str, nn.Parameter]:
         """All parameters of the network that require grad, tied ones once."""
@@ -114,6 +118,7 @@ class BoundProblem:
         meta: those that it reads but does not change, and that are meta-learned.
         draws: the functions of those that start anew in each task.
         pooling: whether there is max pooling on the CPU: query sets are large enough to gain by ``FastPooling``.
+        weight_norm: whether there is weight norm, which ``ExactWeightNorm`` is for.
     """
 
     problem: Problem
@@ -122,6 +127,7 @@ class BoundProblem:
     meta: dict[str, nn.Parameter]
     draws: dict[str, Draw]
     pooling: bool
+    weight_norm: bool
 
     @functools.cached_property
     def baked(self) -> Hashable:
@@ -162,7 +168,8 @@ class BoundProblem:
         return checkpointed(self.problem.net, patterns)
 
     def _call(self, loss: NetLoss, params: Tensors, meta: Tensors, buffers: Tensors, batch: Any) -> Outcome:
-        with self.places.holding({**meta, **params}, buffers):
+        exact = ExactWeightNorm() if self.weight_norm else contextlib.nullcontext()
+        with self.places.holding({**meta, **params}, buffers), exact:
             return loss(self.problem.net, batch)
 
 
