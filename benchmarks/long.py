@@ -29,6 +29,7 @@ from torch import Tensor
 
 import memmeta as mm
 from memmeta.schedules import Policy, recomputed
+from memmeta.trees import map_tensors
 
 MIB = 2**20
 CHECKED = 4
@@ -72,8 +73,11 @@ def gradient(work: Workload, adjoint: mm.Adjoint) -> Tensor:
 
 def doubled(work: Workload) -> Workload:
     """The same in float64."""
-    pairs = [(task.support, task.query) for task in work.tasks]
-    tasks = [mm.Task((s[0].double(), s[1]), (q[0].double(), q[1])) for s, q in pairs]
+
+    def cast(x: Tensor) -> Tensor:
+        return x.double() if x.is_floating_point() else x
+
+    tasks = [mm.Task(*map_tensors(cast, [task.support, task.query])) for task in work.tasks]
     return replace(work, net=copy.deepcopy(work.net).double(), tasks=tasks)
 
 

@@ -65,7 +65,8 @@ def test_workers_die_in_the_middle_of_a_task(
     assert contents(here / "run", 10) == undisturbed()
     services = [line["service"] for line in RunFolder(here / "run").metrics()]
     assert sum(service["restarts"] for service in services) >= 1
-    assert sum(service["reissued"] for service in services) >= 1
+    # Given out again, unless an idle worker had taken a copy of it before the death was known.
+    assert sum(service["reissued"] + service["copies"] for service in services) >= 1
 
 
 def test_all_workers_die_at_once_between_tasks(train: Command, here: Path, undisturbed: Command) -> None:
