@@ -84,7 +84,7 @@ class MetaLearner(nn.Module):
         step_weights: w_1 .. w_T, the weights of the outer loss after each inner step (MAML++'s multi-step loss); only
             the last step's, with weight 1, if not given. May be assigned between calls.
         execution: how steps are run: "eager"; "trace", as flat programs in the least memory; "compile", the same
-            through Inductor, the fastest after some seconds or minutes of compiling. The result differs by rounding.
+            through Inductor, after some seconds or minutes of compiling. The result differs by rounding.
 
     Raises:
         InputError: fewer than one step, other than T weights, hyperparameters that do not fit the parameters or that
