@@ -78,6 +78,7 @@ class Episode:
         self.query = stack([task.query for task in tasks], "query set") if self.stacked else tasks[0].query
         support = stack([task.support for task in tasks], "support set") if self.stacked else tasks[0].support
         self._outer = mapped(problem.outer) if self.stacked else problem.outer
+        inspect = inspect or any(x.requires_grad for x in trees.tensors([support, self.query]))
         single = params = _start(problem, seeds[0])
         buffers = problem.buffers()
         if self.stacked:

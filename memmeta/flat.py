@@ -62,7 +62,7 @@ class Flat:
         )
 
     def __call__(self, *tensors: Tensor) -> list[Tensor]:
-        with torch.no_grad():
+        with torch.no_grad(), uncast(tensors):
             return list(self._run(*tensors, *self.captured))
 
     def bound(self, captured: list[Tensor]) -> Flat:
@@ -90,7 +90,25 @@ def trace(function: Callable[..., Sequence[Tensor]], inputs: Sequence[Tensor]) -
     fixed = [x.detach() for x in inputs]
     with _own_kernels():
         module = make_fx(function, tracing_mode="fake", _allow_non_fake_inputs=True)(*fixed)
+    _refuse_mixed_group_norm(module)
     return Flat(module, _settled(module))
+
+
+def uncast(tensors: Sequence[Tensor]) -> contextlib.AbstractContextManager[object]:
+    """Without autocast: the casts of what was traced under it are operators of the program."""
+    kind = tensors[0].device.type
+    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+        return torch.autocast(kind, enabled=False)
+    return contextlib.nullcontext()
+
+
+def _refuse_mixed_group_norm(module: GraphModule) -> None:
+    """Under autocast on the CPU; torch's fake kernel gives other types than the real one (torch 2.13)."""
+    for node in module.graph.nodes:
+        if node.target is aten.native_group_norm.default:
+            kinds = {x.meta["val"].dtype for x in node.args[:3] if isinstance(x, Node) and "val" in x.meta}
+            if len(kinds) > 1:
+                raise RuntimeError(f"{node.target} of {' and '.join(sorted(map(str, kinds)))} is not known to torch")
 
 
 @contextlib.contextmanager
@@ -145,7 +163,8 @@ def functional(program: Flat, inputs: Sequence[Tensor]) -> None:
     _keep_masks(program.module)
     if any(_mutates(node) for node in program.module.graph.nodes):
         given = [*(x.detach() for x in inputs), *program.captured]
-        module = make_fx(functionalize(program.module, remove="mutations"), tracing_mode="fake")(*given)
+        with uncast(given):
+            module = make_fx(functionalize(program.module, remove="mutations"), tracing_mode="fake")(*given)
         program.replace(module, [*program.captured, *_settled(module)])
     relaxed(program)
 
@@ -192,19 +211,6 @@ def relaxed(program: Flat) -> Flat:
             node.target = aten.reshape.default
     program.module.recompile()
     return program
-
-
-def without_alpha(module: GraphModule) -> GraphModule:
-    """Write a + alpha b as a product and a sum, in place: Inductor fuses a sum with a matrix product into one operator
-    and leaves alpha out of it (torch 2.13)."""
-    for node in module.graph.nodes:
-        alpha = node.kwargs.get("alpha", 1)
-        if node.target in (aten.add.Tensor, aten.sub.Tensor) and alpha != 1:
-            with module.graph.inserting_before(node):
-                scaled = module.graph.call_function(aten.mul.Tensor, (node.args[1], alpha))
-            node.args, node.kwargs = (node.args[0], scaled), {}
-    module.recompile()
-    return module
 
 
 def _keep_masks(module: GraphModule) -> None:

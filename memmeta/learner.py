@@ -7,12 +7,12 @@ import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from . import memory, trees
+from . import memory
 from .adapt import Adapted, attach
 from .adjoints import Adjoint, Stepwise
 from .episode import Episode, check_steps, checked_weights
@@ -164,7 +164,7 @@ class MetaLearner(nn.Module):
             tasks, chunk, microbatch, before=before, on_nonfinite=on_nonfinite, seed=seed, count_bytes=count_bytes
         )
         if result.count:
-            params = self.meta_parameters()
+            params = dict(self.named_parameters())
             for name, total in result.sums.items():
                 mean, param = total.div_(result.count), params[name]
                 param.grad = mean if param.grad is None else param.grad.add_(mean)
@@ -265,8 +265,6 @@ class MetaLearner(nn.Module):
         inspect: bool,
     ) -> Iterator[_Part]:
         """Add one chunk's gradient to ``sums``; a chunk that is not finite is taken task by task."""
-        data = trees.tensors([[placed.task.support, placed.task.query] for placed in group])
-        inspect = inspect or any(tensor.requires_grad for tensor in data)
         episode = self._episode(group, options, self.steps, inspect)
         first = episode.score(0, episode.rollout.start()).items("_before") if before else {}
         grads, score, losses, status = episode.meta_gradient(self.adjoint, self._weights())
@@ -329,17 +327,15 @@ class MetaLearner(nn.Module):
         return next(self.net.parameters()).device
 
 
-@dataclass(frozen=True)
-class _Placed:
+class _Placed(NamedTuple):
     """A task with its position in the meta-batch and its seed."""
 
     task: Task
-    index: int
+    place: int
     seed: int
 
 
-@dataclass(frozen=True)
-class _Part:
+class _Part(NamedTuple):
     score: TaskScore
     finite: bool
 
@@ -388,14 +384,15 @@ def _add(sums: Tensors, grads: Tensors) -> None:
 
 
 def _finite(grads: Leaves) -> bool:
-    # x - x is 0 for finite numbers and NaN for all others, and so is the sum.
     leaves = [leaf for group in grads for leaf in group.values()]
-    return not leaves or bool(torch.stack([(leaf - leaf).sum().double() for leaf in leaves]).sum() == 0)
+    if not leaves or math.isfinite(torch.stack(torch._foreach_norm(leaves)).sum().item()):
+        return True
+    return all(bool(leaf.isfinite().all()) for leaf in leaves)  # a norm may be too large for its type
 
 
 def _non_finite(placed: _Placed, score: TaskScore, losses: list[Tensor]) -> NonFiniteError:
     address: Address | None = placed.task.address
-    name = f"task {placed.index} of the meta-batch" if address is None else str(address)
+    name = f"task {placed.place} of the meta-batch" if address is None else str(address)
     inner = [per_task(loss)[0] for loss in losses]
     bad = next((t for t, loss in enumerate(inner) if not math.isfinite(loss)), None)
     where = (
@@ -408,7 +405,7 @@ def _non_finite(placed: _Placed, score: TaskScore, losses: list[Tensor]) -> NonF
     return NonFiniteError(
         f"{name}: {where}; a smaller inner learning rate often helps, or on_nonfinite='skip' leaves such tasks out",
         address,
-        placed.index,
+        placed.place,
     )
 
 

@@ -62,8 +62,11 @@ class Problem:
 
     def adapted(self) -> dict[str, nn.Parameter]:
         """The parameters that the inner loop changes, by canonical name (tied ones once)."""
+        trainable = self.trainable()
+        if self.adapt == "all":
+            return trainable
         chosen = self._selected(self.adapt, "adapt=") | self.draws().keys()
-        return {name: p for name, p in self.trainable().items() if name in chosen}
+        return {name: p for name, p in trainable.items() if name in chosen}
 
     def bind(self) -> BoundProblem:
         """The problem on the network as it is now; made once per meta-batch.

@@ -9,14 +9,12 @@ numbers that modules hold, shapes) is in its signature. What can't be a program 
 from __future__ import annotations
 
 import collections
-import copy
 import warnings
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
 from . import flat
 from .errors import FallbackWarning, InputError, ReplayError
@@ -154,14 +152,11 @@ class Programs:
         return _Entry(program)
 
     def _compile(self, program: flat.Flat, inputs: Sequence[Tensor]) -> None:
-        import torch._inductor as inductor
+        from .inductor import compiled  # torch's compiler takes long to import
 
-        example: list[Any] = [*(x.detach() for x in inputs), *program.captured]
-        module = flat.without_alpha(copy.deepcopy(program.module))
         try:
-            options = _options(example)
-            compiled: Any = inductor.compile(module, example, options=options)
-            program.runs(_owning(compiled) if "triton.cudagraphs" in options else compiled)
+            with flat.uncast(inputs):
+                program.runs(compiled(program.module, [*inputs, *program.captured]))
         except Exception as error:
             first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             self.say(f"execution='compile': Inductor can't compile a program ({first[:160]}); it is run as traced")
@@ -182,25 +177,13 @@ class _Entry:
         self.check = _RECHECK
 
 
-def _options(inputs: Sequence[Tensor]) -> dict[str, Any]:
-    """Inductor's options: random numbers as in eager execution; CUDA graphs, as all shapes are static."""
-    options: dict[str, Any] = {"fallback_random": True}
-    if any(x.device.type == "cuda" for x in inputs):
-        options["triton.cudagraphs"] = True
-    return options
-
-
-def _owning(run: Callable[..., Sequence[Tensor]]) -> Callable[..., list[Tensor]]:
-    """The next replay of a CUDA graph overwrites what this one gave."""
-    return lambda *tensors: [x.clone() for x in run(*tensors)]
-
-
 def _reason(error: Exception) -> str:
     text = str(error).strip()
     if isinstance(error, NoProgram):
         return text
     name = getattr(error, "func", None)
-    if isinstance(error, GuardOnDataDependentSymNode) or "data-dependent" in text.lower() or name is not None:
+    symbolic = type(error).__name__ == "GuardOnDataDependentSymNode"  # in a module that takes long to import
+    if symbolic or "data-dependent" in text.lower() or name is not None:
         operator = f" ({name})" if name is not None else ""
         return f"the loss's control flow or shapes depend on the values of tensors{operator}, which can't be traced"
     line = text.splitlines()[0] if text else type(error).__name__
@@ -215,9 +198,11 @@ def disagreement(found: Sequence[Tensor], wanted: Sequence[Tensor], tolerance: f
     if len(found) != len(wanted) or any(a.shape != b.shape for a, b in zip(found, wanted, strict=False)):
         return "other shapes"
     difference, scale, precision = 0.0, 0.0, 0.0
+    kinds = {b.device.type for b in wanted if torch.amp.is_autocast_available(b.device.type)}
+    coarse = [torch.get_autocast_dtype(kind) for kind in kinds if torch.is_autocast_enabled(kind)]
     for a, b in zip(found, wanted, strict=True):
         if b.is_floating_point():
-            precision = max(precision, torch.finfo(b.dtype).eps)
+            precision = max([precision, *(torch.finfo(dtype).eps for dtype in (b.dtype, *coarse))])
         difference += float(torch.linalg.vector_norm((a - b).nan_to_num().double())) ** 2
         scale += float(torch.linalg.vector_norm(b.nan_to_num().double())) ** 2
     error = (difference / scale) ** 0.5 if scale else difference**0.5

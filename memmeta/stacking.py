@@ -25,31 +25,38 @@ def stack(items: Sequence[Any], what: str) -> Any:
         InputError: structures, shapes, dtypes or constants differ.
     """
     first, rebuild = trees.flatten(items[0])
-    columns = [list(first.values()), *(trees.tensors(item) for item in items[1:])]
-    if any([leaf.shape for leaf in column] != [leaf.shape for leaf in columns[0]] for column in columns):
-        shapes = [[tuple(leaf.shape) for leaf in column] for column in columns]
-        other = next(shape for shape in shapes if shape != shapes[0])
+    rows: list[list[Tensor]] = [[] for _ in items]
+    alike = [_alike(items[0], item, row) for item, row in zip(items, rows, strict=True)]
+    try:
+        if all(alike):
+            columns = zip(*rows, strict=True)
+            return rebuild({name: torch.stack(column) for name, column in zip(first, columns, strict=True)})
+    except RuntimeError as error:
+        if "equal size" not in str(error):
+            raise
+    shapes = [[tuple(leaf.shape) for leaf in trees.tensors(item)] for item in items]
+    other = next((shape for shape in shapes if shape != shapes[0]), None)
+    if other is not None:
         raise InputError(
             f"chunk > 1 needs tasks of one shape, got a {what} of {shapes[0]} and one of {other}: use chunk=1"
         )
-    if any(not _alike(items[0], item) for item in items[1:]):
-        raise InputError(
-            f"chunk > 1 stacks tensors alone, and a {what} has other keys, types or constants in one task than in "
-            "another: make what differs a tensor, or use chunk=1"
-        )
-    return rebuild({name: torch.stack(leaves) for name, leaves in zip(first, zip(*columns, strict=True), strict=True)})
+    raise InputError(
+        f"chunk > 1 stacks tensors alone, and a {what} has other keys, types or constants in one task than in "
+        "another: make what differs a tensor, or use chunk=1"
+    )
 
 
-def _alike(a: Any, b: Any) -> bool:
-    """Whether two trees differ in the values of their tensors alone."""
-    if type(a) is not type(b):
-        return isinstance(a, Tensor) and isinstance(b, Tensor)
+def _alike(a: Any, b: Any, into: list[Tensor]) -> bool:
+    """Whether two trees differ in the values and shapes of their tensors alone; those of ``b`` go into a list."""
     if isinstance(a, Tensor):
-        return a.dtype == b.dtype
+        into.append(b)
+        return isinstance(b, Tensor) and a.dtype == b.dtype
+    if type(a) is not type(b):
+        return False
+    if isinstance(a, (tuple, list)):
+        return len(a) == len(b) and all([_alike(x, y, into) for x, y in zip(a, b, strict=True)])  # noqa: C419
     if isinstance(a, Mapping):
-        return list(a) == list(b) and all(_alike(a[key], b[key]) for key in a)
-    if isinstance(a, (list, tuple)):
-        return len(a) == len(b) and all(map(_alike, a, b))
+        return list(a) == list(b) and all([_alike(a[key], b[key], into) for key in a])  # noqa: C419
     return a is b or np.array_equal(a, b)
 
 

@@ -233,7 +233,8 @@ def _forward(call: Call, inputs: Sequence[Tensor], give: Give, sums: Sequence[Te
         return give(values[0], values[1 : 1 + n], products, *tensors[fixed + n : many])
 
     try:
-        program = flat.trace(carried, [*inputs[: fixed + n], *sums, *first.captured])
+        with flat.uncast(inputs):
+            program = flat.trace(carried, [*inputs[: fixed + n], *sums, *first.captured])
         return flat.trimmed(flat.relaxed(program.bound(first.captured)))
     except dual.Unsupported as error:
         raise NoProgram(f"{error} has no forward derivative") from error

@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 import memmeta as mm
+from memmeta import trees
 from memmeta.problem import read
 from memmeta.programs import Programs, disagreement
 
@@ -285,3 +286,13 @@ def test_numbers_that_a_loss_reads_elsewhere_are_part_of_a_program() -> None:
         inner.scale = scale
         wanted, found = (helpers.meta_gradient(learner, tasks) for learner in learners)
         assert helpers.error(found, wanted) < 1e-12
+
+
+def test_group_norm_under_autocast_on_the_cpu_is_refused_by_name() -> None:
+    case = helpers.PROBLEMS["groupnorm_silu"]
+    tasks = trees.map_tensors(lambda x: x.float() if x.is_floating_point() else x, case.tasks(1))
+    learner = mm.maml(case.net().float(), loss=case.loss, optimizer=mm.SGD(case.rate), steps=2, execution="trace")
+    with said() as messages, torch.autocast("cpu", torch.bfloat16):
+        learner.accumulate(tasks)
+    assert len(messages) == 1
+    assert re.search("native_group_norm.*bfloat16", messages[0])

@@ -18,7 +18,7 @@ import memmeta as mm
 from memmeta import memory, trees
 from memmeta.adjoints.linearised import Linearised, Programmed, linearised
 from memmeta.episode import Episode
-from memmeta.programs import Programs
+from memmeta.programs import Execution, Programs
 from memmeta.task import Task
 
 # The product, forward and reverse.
@@ -95,18 +95,24 @@ def test_microbatches(adjoint: mm.Adjoint) -> None:
     assert same_as_eager(learner, [pair(0), pair(1)], chunk=2, microbatch=3)
 
 
-def test_autocast() -> None:
-    found = []
-    for execution, adjoint in (
+@pytest.mark.parametrize("name", ["mlp", "transformer", pytest.param("conv_bn", marks=pytest.mark.slow)])
+def test_autocast(name: str) -> None:
+    """No program is refused (that would be a warning, and so an error), and each is the eager one but for rounding."""
+    case, found = PROBLEMS[name], []
+    net, tasks = case.net().float(), case.tasks(1)
+    tasks = trees.map_tensors(lambda x: x.float() if x.is_floating_point() else x, tasks)
+    ways: list[tuple[Execution, mm.Adjoint]] = [
         ("eager", mm.Stepwise()),
         ("trace", BY_STEPS),
         ("trace", FORWARD),
         ("trace", mm.Stepwise()),
-    ):
-        learner = learner_of(net_of().float(), execution=execution, adjoint=adjoint)
-        (x, y), query = pair()
+    ]
+    for execution, adjoint in ways:
+        learner = mm.maml(
+            net, loss=case.loss, optimizer=mm.SGD(case.rate), steps=2, adjoint=adjoint, execution=execution
+        )
         with torch.autocast("cpu", torch.bfloat16):
-            found.append(helpers.meta_gradient(learner, [((x.float(), y), (query[0].float(), query[1]))]))
+            found.append(helpers.meta_gradient(learner, tasks))
     assert all(helpers.error(grads, found[0]) < 0.03 for grads in found)
     assert all(grad.dtype == torch.float32 for grad in found[1].values())
 

@@ -87,8 +87,15 @@ def _step(node: Node, values: dict[Node, Any], moves: dict[Node, Any]) -> tuple[
             return out, None
         filled = _filled(target, args, kwargs)
         found = rule(filled, [*tangents, *[None] * (len(filled) - len(tangents))], out)
-        return out, found
+        return out, _alike(found, out)
     return _by_torch(target, args, kwargs, tangents, _lookup(list(node.kwargs.values()), moves))
+
+
+def _alike(tangent: Any, out: Any) -> Any:
+    """Tangents of the types of what they belong to: in mixed precision a rule may have computed in a wider one."""
+    if isinstance(tangent, (list, tuple)):
+        return [_alike(v, x) for v, x in zip(tangent, out, strict=False)]
+    return tangent.to(out.dtype) if isinstance(tangent, Tensor) and isinstance(out, Tensor) else tangent
 
 
 def _known(tangent: Any, node: Node) -> Any:
