@@ -169,7 +169,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         work = PROBLEMS[name]()
         one = len(work.tasks) == 1
         methods, bases = (large, (PLAIN, UNROLLED)) if one else (small, (LEARN2LEARN,))
-        results.append(measure(work, methods(work), bases, options.turns, 1 if one else 10))
+        results.append(measure(work, methods(work), bases, options.turns, 1 if one else 50))
         twin = doubled(work)
         for method, error in errors(twin, methods(twin), bases[-1]).items():
             results[-1]["methods"][method]["relative_error_float64"] = error

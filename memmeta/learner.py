@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from types import MappingProxyType
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -16,19 +15,18 @@ from . import memory
 from .adapt import Adapted, attach
 from .adjoints import Adjoint, Stepwise
 from .episode import Episode, check_steps, checked_weights
-from .errors import InputError, NonFiniteError
+from .errors import InputError
+from .metabatch import AnyTask, Options, Part, Placed, add, finite, non_finite_error, placed_tasks, scores_of
 from .optimizers import InnerOptimizer
 from .places import Places, copied, refuse_checkpoints
-from .problem import BoundProblem, Problem
+from .problem import Problem
 from .programs import Execution, Programs
-from .randomness import drawn_seed, mixed
-from .report import Report, TaskScore
+from .randomness import drawn_seed
+from .report import Report
 from .rollout import Leaves
-from .stacking import per_task
-from .task import Address, Task
+from .task import Task
 from .trees import Tensors
 
-AnyTask = Task | Sequence[Any]
 OnNonFinite = Literal["raise", "skip"]
 
 
@@ -54,20 +52,6 @@ class AdaptedModel(Adapted):
         refused = refuse_checkpoints("an adapted model", "switch checkpointing off for the call, or use accumulate()")
         with Places(self.net).holding(self.params, copied(self.buffers or {})), refused:
             return self.net(*inputs, **options)
-
-
-@dataclass(frozen=True)
-class _Options:
-    """How a meta-batch is worked through; checked once."""
-
-    problem: BoundProblem
-    chunk: int
-    microbatch: int | None
-    seed: int | None
-
-    def __post_init__(self) -> None:
-        if not isinstance(self.chunk, int) or isinstance(self.chunk, bool) or self.chunk < 1:
-            raise InputError(f"chunk={self.chunk!r}: write how many tasks are stacked, at least 1")
 
 
 class MetaLearner(nn.Module):
@@ -184,7 +168,7 @@ class MetaLearner(nn.Module):
         """The sum of the meta-gradients of ``tasks`` and their number, ``.grad`` left alone; see ``accumulate``."""
         if on_nonfinite not in ("raise", "skip"):
             raise InputError(f"on_nonfinite={on_nonfinite!r}: write 'raise' or 'skip'")
-        options = _Options(self.problem.bind(), chunk, microbatch, seed)
+        options = Options(self.problem.bind(), chunk, microbatch, seed)
         params = self.meta_parameters()
         sums, scores, skipped = dict[str, Tensor](), [], []
         with memory.peak(self._device(), count_bytes) as peak:
@@ -210,8 +194,8 @@ class MetaLearner(nn.Module):
 
         ``F.cross_entropy(adapted(x), y).backward()`` reaches the meta-parameters, in the memory of the adjoint.
         """
-        options = _Options(self.problem.bind(), 1, microbatch, drawn_seed() if seed is None else seed)
-        group = list(_placed([Task(support, support)], options.seed))
+        options = Options(self.problem.bind(), 1, microbatch, drawn_seed() if seed is None else seed)
+        group = list(placed_tasks([Task(support, support)], options.seed))
         episode = self._episode(group, options, self._steps(steps), inspect=True)
         rollout = episode.rollout
         solution = (self.adjoint if adjoint is None else adjoint).solve(rollout)
@@ -239,7 +223,7 @@ class MetaLearner(nn.Module):
             seed: as in ``accumulate``.
             curve: also report ``loss@t`` and the metrics after each step t = 0..T.
         """
-        options, scores = _Options(self.problem.bind(), chunk, None, seed), []
+        options, scores = Options(self.problem.bind(), chunk, None, seed), []
         for group in self._chunks(tasks, options):
             episode = self._episode(group, options, self._steps(steps), inspect=False)
             rollout = episode.rollout
@@ -250,39 +234,39 @@ class MetaLearner(nn.Module):
             if curve:
                 for t, score in enumerate(each):
                     values.update(score.items(f"@{t}"))
-            scores += _scores(group, values)
+            scores += scores_of(group, values)
         if not scores:
             raise InputError("there are no tasks to evaluate: give at least one")
         return Report(tuple(scores))
 
     def _accumulate_chunk(
         self,
-        group: list[_Placed],
-        options: _Options,
+        group: list[Placed],
+        options: Options,
         before: bool,
         on_nonfinite: OnNonFinite,
         sums: Tensors,
         inspect: bool,
-    ) -> Iterator[_Part]:
+    ) -> Iterator[Part]:
         """Add one chunk's gradient to ``sums``; a chunk that is not finite is taken task by task."""
         episode = self._episode(group, options, self.steps, inspect)
         first = episode.score(0, episode.rollout.start()).items("_before") if before else {}
         grads, score, losses, status = episode.meta_gradient(self.adjoint, self._weights())
-        scores = _scores(group, {**score.items(), **first}, status)
+        scores = scores_of(group, {**score.items(), **first}, status)
         # One meeting with the device per chunk: losses and gradients together.
-        if all(math.isfinite(s.values["loss"]) for s in scores) and _finite(grads):
-            _add(sums, self._named(grads))
-            yield from (_Part(s, True) for s in scores)
+        if all(math.isfinite(s.values["loss"]) for s in scores) and finite(grads):
+            add(sums, self._named(grads))
+            yield from (Part(s, True) for s in scores)
         elif len(group) > 1:
             del episode, grads
             for placed in group:
                 yield from self._accumulate_chunk([placed], options, before, on_nonfinite, sums, inspect)
         elif on_nonfinite == "skip":
-            yield _Part(scores[0], False)
+            yield Part(scores[0], False)
         else:
-            raise _non_finite(group[0], scores[0], losses)
+            raise non_finite_error(group[0], scores[0], losses)
 
-    def _episode(self, group: list[_Placed], options: _Options, steps: int, inspect: bool) -> Episode:
+    def _episode(self, group: list[Placed], options: Options, steps: int, inspect: bool) -> Episode:
         tasks = [placed.task for placed in group]
         seeds = [placed.seed for placed in group]
         problem, programs = options.problem, self.programs
@@ -297,9 +281,9 @@ class MetaLearner(nn.Module):
             named[name] = named[name] + grad if name in named else grad
         return named
 
-    def _chunks(self, tasks: Iterable[AnyTask], options: _Options) -> Iterator[list[_Placed]]:
+    def _chunks(self, tasks: Iterable[AnyTask], options: Options) -> Iterator[list[Placed]]:
         # Dropping the previous chunk before the next one is made keeps one alive.
-        source = iter(_placed(tasks, options.seed))
+        source = iter(placed_tasks(tasks, options.seed))
         while group := list(itertools.islice(source, options.chunk)):
             yield group
             del group
@@ -325,88 +309,6 @@ class MetaLearner(nn.Module):
 
     def _device(self) -> torch.device:
         return next(self.net.parameters()).device
-
-
-class _Placed(NamedTuple):
-    """A task with its position in the meta-batch and its seed."""
-
-    task: Task
-    place: int
-    seed: int
-
-
-class _Part(NamedTuple):
-    score: TaskScore
-    finite: bool
-
-
-def _placed(tasks: Iterable[AnyTask], seed: int | None) -> Iterator[_Placed]:
-    if isinstance(tasks, Task) or not isinstance(tasks, Iterable):
-        raise InputError(f"tasks must be a sequence of tasks, got one {type(tasks).__name__}: write [task]")
-    for index, given in enumerate(tasks):
-        task = _task(given)
-        if task.address is not None:
-            chosen = mixed(0 if seed is None else seed, *task.address)
-        else:
-            chosen = drawn_seed() if seed is None else mixed(seed, index)
-        yield _Placed(task, index, chosen)
-
-
-def _task(given: AnyTask) -> Task:
-    if isinstance(given, Task):
-        return given
-    if isinstance(given, Sequence) and len(given) == 2:
-        return Task(given[0], given[1])
-    raise InputError(f"a task must be a mm.Task or a pair (support, query), got {type(given).__name__}")
-
-
-def _scores(
-    group: list[_Placed], values: dict[str, Tensor], status: Mapping[str, float] = MappingProxyType({})
-) -> list[TaskScore]:
-    columns = {name: per_task(value) for name, value in values.items()}
-    return [
-        TaskScore(placed.task.address, {name: column[i] for name, column in columns.items()}, dict(status))
-        for i, placed in enumerate(group)
-    ]
-
-
-def _add(sums: Tensors, grads: Tensors) -> None:
-    """Add a gradient to a sum, which begins with the first one's own tensors where they are its alone."""
-    known = {sum_.untyped_storage()._cdata for sum_ in sums.values()}
-    for name in list(grads):
-        grad = grads.pop(name)
-        if name in sums:
-            sums[name].add_(grad)
-        else:
-            storage = grad.untyped_storage()._cdata
-            sums[name] = grad.clone() if storage in known or not grad.is_contiguous() else grad
-            known.add(storage)
-
-
-def _finite(grads: Leaves) -> bool:
-    leaves = [leaf for group in grads for leaf in group.values()]
-    if not leaves or math.isfinite(torch.stack(torch._foreach_norm(leaves)).sum().item()):
-        return True
-    return all(bool(leaf.isfinite().all()) for leaf in leaves)  # a norm may be too large for its type
-
-
-def _non_finite(placed: _Placed, score: TaskScore, losses: list[Tensor]) -> NonFiniteError:
-    address: Address | None = placed.task.address
-    name = f"task {placed.place} of the meta-batch" if address is None else str(address)
-    inner = [per_task(loss)[0] for loss in losses]
-    bad = next((t for t, loss in enumerate(inner) if not math.isfinite(loss)), None)
-    where = (
-        "its meta-gradient is not finite"
-        if math.isfinite(score.values["loss"])
-        else f"its outer loss is {score.values['loss']}"
-    )
-    if bad is not None:
-        where = f"its inner loss is {inner[bad]} at inner step {bad}"
-    return NonFiniteError(
-        f"{name}: {where}; a smaller inner learning rate often helps, or on_nonfinite='skip' leaves such tasks out",
-        address,
-        placed.place,
-    )
 
 
 def _key(name: str) -> str:

@@ -18,7 +18,7 @@ SERVICE = ROOT.parent / "workers" / "memmeta_workers"
 
 # From the bottom up: a module imports from rows above its own in this table, never from its own row or below.
 LAYERS = (
-    ("errors", "randomness", "memory", "task", "flat", "modes"),
+    ("errors", "randomness", "memory", "task", "flat", "inductor", "modes"),
     ("attention", "weight_norm", "trees", "report", "fixed_point", "raw", "schedules", "programs", "remat"),
     ("capture", "costs", "microbatch", "places", "pooling", "solvers", "stops"),
     ("double_backward", "dual", "optimizers", "problem"),
@@ -27,7 +27,7 @@ LAYERS = (
     ("storage", "whole"),
     ("adjoints",),
     ("stacking",),
-    ("adapt", "episode"),
+    ("adapt", "episode", "metabatch"),
     ("learner", "online"),
     ("candidates", "probing"),
     ("search",),
