@@ -8,9 +8,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from .adjoints import Adjoint, Stepwise
-from .costs import compared, in_bytes
+from .costs import compared
 from .errors import InputError
 from .learner import MetaLearner
+from .memory import in_bytes
 from .programs import Check, Execution, Programs
 
 _ROWS = 24

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from .errors import InputError
+from .memory import in_bytes
 from .schedules import Policy, most_alive, recomputed
 
 _UNITS = {"": 1, "b": 1, **{f"{p}b": 1000**i for i, p in enumerate("kmgt", 1)}}
@@ -30,15 +31,6 @@ def parse_bytes(value: object) -> int:
     if number is None or not 1 <= number < 2**63:
         raise InputError(f"memory={value!r}: write a number of bytes such as '8GiB', '512MiB' or '2e9'")
     return int(number)
-
-
-def in_bytes(count: float) -> str:
-    """``1536`` as ``1.5 KiB``."""
-    for unit in ("B", "KiB", "MiB"):
-        if count < 1024:
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
-        count /= 1024
-    return f"{count:.2f} GiB"
 
 
 def compared(predicted: float, measured: float, budget: float) -> str:

@@ -8,9 +8,10 @@ from collections.abc import Sequence
 from .candidates import Candidate as Candidate
 from .candidates import Infeasible as Infeasible
 from .candidates import Plan as Plan
-from .costs import in_bytes, parse_bytes
+from .costs import parse_bytes
 from .errors import InputError
 from .learner import AnyTask, MetaLearner
+from .memory import in_bytes
 from .probing import Prober
 from .programs import Execution, Programs
 from .search import Search

@@ -14,7 +14,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import memmeta as mm
-from memmeta import costs, schedules
+from memmeta import memory, schedules
 from memmeta.costs import Cost, affine, extra_states, parse_bytes, policies
 from memmeta.probing import Prober, Way, blocks
 
@@ -198,7 +198,7 @@ def test_what_is_chosen_fits_when_it_is_measured(roomy: mm.Plan, place: float) -
     plan = mm.plan(ours, task(), budget, tasks=2)
     assert plan.best.seconds == min(c.seconds for c in plan.candidates if plan.fits(c))
     assert peak(ours, plan.best, [task(), task()]) <= 1.15 * budget
-    assert f"budget {costs.in_bytes(budget)}: {plan.best}" in str(plan)
+    assert f"budget {memory.in_bytes(budget)}: {plan.best}" in str(plan)
 
 
 def test_layers_are_predicted_too() -> None:
@@ -334,6 +334,6 @@ def test_what_is_wrong_with_the_task_is_said() -> None:
 
 def test_the_first_step_is_compared_with_the_prediction(roomy: mm.Plan) -> None:
     plan = dataclasses.replace(roomy, memory=2**20)
-    size = costs.in_bytes(plan.best.bytes)
+    size = memory.in_bytes(plan.best.bytes)
     assert plan.outcome(plan.best.bytes) == f"memory: predicted {size}, measured {size}"
     assert "over the budget of 1.0 MiB: plan anew with a budget of 512.0 KiB" in plan.outcome(2 * 2**20)

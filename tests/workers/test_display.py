@@ -12,10 +12,11 @@ from rich.console import Console
 
 from memmeta import Report, TaskScore
 from memmeta.errors import InputError
+from memmeta.memory import in_bytes
 from memmeta_workers import plots, signals
 from memmeta_workers.coordinator import StepRecord
 from memmeta_workers.dispatch import WorkerStatus
-from memmeta_workers.progress import Display, LiveDisplay, PlainDisplay, display, duration, in_bytes
+from memmeta_workers.progress import Display, LiveDisplay, PlainDisplay, display, duration
 
 
 def record(step: int) -> StepRecord:

@@ -12,9 +12,9 @@ from pathlib import Path, PurePosixPath
 from typing import BinaryIO
 
 from memmeta.errors import InputError
+from memmeta.memory import in_bytes
 
 from .files import PIECE, Exact, is_utf8, mode_of, reading, whole
-from .progress import in_bytes
 
 MOST_ENTRIES = 100_000
 

@@ -15,6 +15,7 @@ from jsonargparse import Namespace
 from rich.console import Console
 
 from memmeta.errors import InputError
+from memmeta.memory import in_bytes
 
 from . import budget, checkpoints, devices
 from .coordinator import StopRequested
@@ -22,7 +23,7 @@ from .experiment import Experiment, ExperimentFile, load
 from .failures import Interrupted
 from .local import local
 from .options import COUNT, Parser, check_required, find_file, parameters, train_parser
-from .progress import PLAIN_SECONDS, Display, display, in_bytes, show
+from .progress import PLAIN_SECONDS, Display, display, show
 from .recipe import built, from_values
 from .runs import Config, RunFolder, default_folder, make_config
 from .setting import applied

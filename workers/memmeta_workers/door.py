@@ -262,7 +262,7 @@ def _set(values: Mapping[str, str | None]) -> None:
 
 
 def _make_room(target: Path, size: int) -> None:
-    from .progress import in_bytes
+    from memmeta.memory import in_bytes
 
     try:
         free = shutil.disk_usage(target.parent).free

@@ -20,6 +20,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from memmeta.errors import InputError, MemmetaError
+from memmeta.memory import in_bytes
 
 from .archives import unpack
 from .commands import plot
@@ -30,7 +31,7 @@ from .job import CHECKED, STOP_SECONDS
 from .jobs import KIND, Job, Jobs, clock
 from .options import Parser, add_address
 from .order import Order
-from .progress import PlainDisplay, duration, in_bytes
+from .progress import PlainDisplay, duration
 from .runs import RunFolder
 from .watching import ERROR, outcome, say, watch
 

@@ -13,11 +13,11 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from memmeta.errors import InputError
+from memmeta.memory import in_bytes
 
 from . import access
 from .files import copy, is_utf8, mode_of, reading, whole
 from .ignores import IGNORE_FILE, Rules
-from .progress import in_bytes
 
 # Never shipped, whatever a pattern says. Compared in lower case.
 _NEVER = (

@@ -13,22 +13,13 @@ from rich.table import Table
 from rich.text import Text
 
 from memmeta import Report
-from memmeta.memory import resident_bytes
+from memmeta.memory import in_bytes, resident_bytes
 
 from .coordinator import StepRecord
 from .dispatch import WorkerStatus
 
 PLAIN_LINES = 20
 PLAIN_SECONDS = 60.0
-
-
-def in_bytes(count: float) -> str:
-    """``1536`` as ``1.5 KiB``."""
-    for unit in ("B", "KiB", "MiB"):
-        if count < 1024:
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
-        count /= 1024
-    return f"{count:.2f} GiB"
 
 
 def duration(seconds: float) -> str:

@@ -20,6 +20,7 @@ import yaml
 from jsonargparse import Namespace
 
 from memmeta.errors import InputError
+from memmeta.memory import in_bytes
 
 from . import checking, packing
 from .capacity import asked, room, total
@@ -30,7 +31,6 @@ from .job import STOP_SECONDS
 from .jobs import ClusterNode, Jobs
 from .options import find_file, submit_parser
 from .order import Order, commit_of
-from .progress import in_bytes
 from .watching import ERROR, say, watch
 
 _MEBIBYTE = 1 << 20
