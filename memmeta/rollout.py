@@ -233,7 +233,18 @@ class Rollout:
     def call(self, t: int, piece: int, params: Tensors, meta: Tensors, buffers: Tensors) -> Call:
         """The evaluation of the loss of one microbatch of step t."""
         batch, weight = self.microbatch.piece(self.batches[t], piece)
-        return Call(self.loss, params, meta, buffers, batch, weight, self.microbatch.stacked, self.baked, self.holding)
+        return Call(
+            self.loss,
+            params,
+            meta,
+            buffers,
+            batch,
+            weight,
+            self.microbatch.stacked,
+            self.baked,
+            self.holding,
+            lambda: self.reseed(t, piece),
+        )
 
     def _from_program(
         self, t: int, piece: int, params: Tensors, meta: Tensors, buffers: Tensors

@@ -15,7 +15,7 @@ from . import dual, flat, trees
 from .attention import LeanAttention
 from .capture import nodes
 from .double_backward import LeanDoubleBackward
-from .programs import NoProgram, Programs, Run, signature
+from .programs import NoProgram, Programs, Run, disagreement, signature
 from .remat import rematerialise
 from .stops import MarkedStops
 from .trees import Tensors
@@ -24,6 +24,7 @@ Loss = Callable[[Tensors, Tensors, Tensors, Any], Tensor]
 HVP = Literal["reverse", "forward"]
 DIFFERENCE = 0.1
 """How far central differences may be from a product: they step over kinks."""
+_FEW = 2  # examples on which a product is compared with the double backward instead
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,7 @@ class Call:
 
     ``baked`` names the function and all that it reads besides its arguments; ``stacked`` says that the tasks of a stack
     are mapped over; ``weight`` is the share of this piece of the batch. ``holding(params, meta, buffers)`` is around
-    the backward, for what is computed again in it.
+    the backward, for what is computed again in it. ``reseed()`` starts its random numbers.
     """
 
     loss: Loss
@@ -44,6 +45,7 @@ class Call:
     stacked: bool
     baked: Hashable
     holding: Callable[[Tensors, Tensors, Tensors], contextlib.AbstractContextManager[None]]
+    reseed: Callable[[], None]
 
     def inputs(self) -> list[Tensor]:
         """All tensors, in the order of the programs' placeholders."""
@@ -65,6 +67,15 @@ class Call:
         found, rebuild = trees.flatten(self.batch)
         batch = rebuild({name: next(left) for name in found})
         return replace(self, params=params, meta=meta, buffers=buffers, batch=batch)
+
+    def few(self) -> Call:
+        """The same on the first two examples; tensors without that many stay whole."""
+        dim = int(self.stacked)
+
+        def cut(x: Tensor) -> Tensor:
+            return x.narrow(dim, 0, _FEW) if x.dim() > dim and x.shape[dim] > _FEW else x
+
+        return replace(self, batch=trees.map_tensors(cut, self.batch))
 
     def value(self) -> Tensor:
         """The weighted loss, shape () or (C,)."""
@@ -141,12 +152,16 @@ def product(
         loss, *parts = eager()
         return [loss, *(map(torch.add, before, parts) if into else parts)]
 
+    def on_few() -> str:
+        return _on_few(call, v, hvp) if programs.check == "difference" else "compared with the double backward"
+
     forward = {"option": "hvp='forward'", "instead": "hvp='reverse' is used"} if hvp == "forward" else {}
     tolerance = DIFFERENCE if programs.check == "difference" else None
-    return _run(programs, call, kind, build, [*inputs, *into], compared, tolerance=tolerance, **forward)
+    options = {"tolerance": tolerance, "second": on_few, **forward}
+    return _run(programs, call, kind, build, [*inputs, *into], compared, **options)
 
 
-def difference(call: Call, v: Tensors, grads: bool, reseed: Callable[[], None]) -> list[Tensor]:
+def difference(call: Call, v: Tensors, grads: bool) -> list[Tensor]:
     """What ``product`` gives, from central differences of eager gradients: to about the cube root of the precision on
     smooth losses, in the memory of two gradients."""
     wanted = trees.wanted(call.meta)
@@ -157,7 +172,7 @@ def difference(call: Call, v: Tensors, grads: bool, reseed: Callable[[], None]) 
 
     def at(distance: float) -> list[Tensor]:
         params = {name: x.detach().add(v[name], alpha=distance) for name, x in call.params.items()}
-        reseed()
+        call.reseed()
         return _gradient(replace(call, params=params).replaced(replace(call, params=params).inputs()), wanted)
 
     end = 1 + len(call.params) + len(wanted)
@@ -166,6 +181,22 @@ def difference(call: Call, v: Tensors, grads: bool, reseed: Callable[[], None]) 
     del ahead, behind
     middle = at(0.0)
     return [middle[0], *(middle[1 : 1 + len(call.params)] if grads else ()), *products]
+
+
+def _on_few(call: Call, v: Tensors, hvp: HVP) -> str:
+    """In what way the product's program on two examples differs from the double backward; empty if it doesn't."""
+    few = call.few()
+    given = [*few.inputs(), *(v[name] for name in call.params)]
+    found = _forward if hvp == "forward" else _reverse
+    try:
+        program = found(few, given, lambda loss, gs, hs: [loss, *hs])
+        few.reseed()
+        products = program(*given)
+        few.reseed()
+        loss, _, wanted = _double_backward(few, given)
+    except Exception as error:  # a loss that needs more examples
+        return str(error) or type(error).__name__
+    return disagreement(products, [loss, *wanted])
 
 
 def _run(
@@ -242,26 +273,25 @@ def _forward(call: Call, inputs: Sequence[Tensor], give: Give, sums: Sequence[Te
 
 def _reverse(call: Call, inputs: Sequence[Tensor], give: Give, sums: Sequence[Tensor] = ()) -> flat.Flat:
     """Reverse over reverse, traced."""
-    wanted = trees.wanted(call.meta)
-    fixed, n = len(call.inputs()), len(call.params)
-
-    def twice(*tensors: Tensor) -> list[Tensor]:
-        given = call.replaced(tensors[:fixed])
-        with LeanDoubleBackward() if not call.stacked else contextlib.nullcontext():
-            found = _gradient(given, [], True)
-        vectors = tensors[fixed : fixed + n]
-        pairs = [(g, v) for g, v in zip(found[1 : 1 + n], vectors, strict=True) if g.requires_grad]
-        leaves = [*given.params.values(), *(given.meta[name] for name in wanted)]
-        second: Sequence[Tensor] = [torch.zeros_like(x) for x in leaves]
-        if pairs:
-            with given.holding(given.params, given.meta, given.buffers):
-                second = torch.autograd.grad(
-                    [g for g, _ in pairs], leaves, [v for _, v in pairs], materialize_grads=True
-                )
-        return give(found[0], [g.detach() for g in found[1 : 1 + n]], second, *tensors[fixed + n :])
-
-    given = [*inputs[: fixed + n], *sums]
-    program = flat.trace(twice, given)
+    end = len(call.inputs()) + len(call.params)
+    given = [*inputs[:end], *sums]
+    program = flat.trace(lambda *tensors: give(*_double_backward(call, tensors[:end]), *tensors[end:]), given)
     if not sums:
         flat.functional(program, given)
     return program
+
+
+def _double_backward(call: Call, tensors: Sequence[Tensor]) -> tuple[Tensor, list[Tensor], Sequence[Tensor]]:
+    """The loss, its gradients, and the products, on other tensors: those of the call and the vector."""
+    wanted = trees.wanted(call.meta)
+    fixed, n = len(call.inputs()), len(call.params)
+    given = call.replaced(tensors[:fixed])
+    with LeanDoubleBackward() if not call.stacked else contextlib.nullcontext():
+        found = _gradient(given, [], True)
+    pairs = [(g, v) for g, v in zip(found[1 : 1 + n], tensors[fixed:], strict=True) if g.requires_grad]
+    leaves = [*given.params.values(), *(given.meta[name] for name in wanted)]
+    second: Sequence[Tensor] = [torch.zeros_like(x) for x in leaves]
+    if pairs:
+        with given.holding(given.params, given.meta, given.buffers):
+            second = torch.autograd.grad([g for g, _ in pairs], leaves, [v for _, v in pairs], materialize_grads=True)
+    return found[0], [g.detach() for g in found[1 : 1 + n]], second

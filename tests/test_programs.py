@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import memmeta as mm
-from memmeta import memory, trees
+from memmeta import memory, steps, trees
 from memmeta.adjoints.linearised import Linearised, Programmed, linearised
+from memmeta.dual.rules import RULES
 from memmeta.episode import Episode
 from memmeta.programs import Execution, Programs
 from memmeta.task import Task
@@ -115,6 +116,44 @@ def test_autocast(name: str) -> None:
             found.append(helpers.meta_gradient(learner, tasks))
     assert all(helpers.error(grads, found[0]) < 0.03 for grads in found)
     assert all(grad.dtype == torch.float32 for grad in found[1].values())
+
+
+class Rectified(nn.Module):
+    """Many kinks: central differences step over some of them, and are no derivative."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(nn.Linear(3, 400), nn.ReLU(), nn.Linear(400, 400), nn.ReLU(), nn.Linear(400, 2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layers(x)
+
+
+def test_differences_over_kinks_are_followed_by_a_comparison_on_few_examples(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    net, task = Rectified().float(), ([torch.randn(60, 3), torch.arange(60) % 2],) * 2
+    kinks = []
+    monkeypatch.setattr(steps, "_on_few", lambda *given, one=steps._on_few: kinks.append(one(*given)) or kinks[-1])
+    learner = learner_of(net, adjoint=FORWARD, execution="eager")
+    learner.programs.check = "difference"
+    reverse = learner_of(net, adjoint=BY_STEPS, execution="eager")
+    found, wanted = (helpers.meta_gradient(one, [task]) for one in (learner, reverse))
+    assert kinks == [""]
+    # float32: two ways that round differently, through two steps.
+    assert helpers.error(found, wanted) < 1e-5
+
+
+def test_a_wrong_rule_is_found_on_few_examples(monkeypatch: pytest.MonkeyPatch) -> None:
+    softmax = torch.ops.aten._log_softmax.default
+    monkeypatch.setitem(RULES, softmax, lambda args, tangents, out: None)
+    torch.manual_seed(0)
+    net, task = Rectified().float(), ([torch.randn(60, 3), torch.arange(60) % 2],) * 2
+    learner = learner_of(net, adjoint=FORWARD, execution="eager")
+    learner.programs.check = "difference"
+    with said() as messages:
+        learner.accumulate([task])
+    assert len(messages) == 1
+    assert "disagrees with eager execution" in messages[0]
 
 
 def test_forward_products_need_less_memory_than_a_double_backward() -> None:

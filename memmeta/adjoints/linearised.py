@@ -134,7 +134,7 @@ class Programmed:
 
         def eagerly() -> list[Tensor]:
             if self._programs.check == "difference":
-                return difference(call, v, grads, lambda: rollout.reseed(t, piece))
+                return difference(call, v, grads)
             record = _record(rollout, t, state, piece)
             with rollout.holding(record.params, record.meta, state.buffers):
                 found = _product(record, v, False)
