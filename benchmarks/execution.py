@@ -151,6 +151,16 @@ def compiling(name: str) -> dict[str, float]:
     return found
 
 
+def merge(path: Path, results: list[dict[str, Any]], compiling: dict[str, dict[str, float]]) -> None:
+    """Put the figures of some problems into the file, in the place of earlier ones of the same problems."""
+    before = json.loads(path.read_text()) if path.exists() else {"results": [], "compiling": {}}
+    new = {result["problem"]: result for result in results}
+    kept = {result["problem"]: result for result in before["results"]}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    found = {"results": list({**kept, **new}.values()), "compiling": {**before["compiling"], **compiling}}
+    path.write_text(json.dumps({"environment": environment(), **found}, indent=2) + "\n")
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Measure, print tables, write JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -177,9 +187,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     print("\ncompiling, from the start of a process")
     seconds = {name: compiling(name) for name in options.problems}
     if options.json:
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        text = json.dumps({"environment": environment(), "results": results, "compiling": seconds}, indent=2)
-        options.json.write_text(text + "\n")
+        merge(options.json, results, seconds)
 
 
 if __name__ == "__main__":

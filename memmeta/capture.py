@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.autograd.function import BackwardCFunction, once_differentiable
 from torch.autograd.graph import Node
+from torch.overrides import TorchFunctionMode
 
 from .errors import CaptureError, UnsupportedError
 
@@ -15,6 +17,28 @@ from .errors import CaptureError, UnsupportedError
 @once_differentiable
 def _once(ctx: Any) -> None:
     """A backward that torch was told is differentiable once."""
+
+
+class OwnLeaves(TorchFunctionMode):
+    """Inside it, the leaves that a loss makes for itself are noted in ``found``: ``x.detach().requires_grad_()``, to
+    differentiate with respect to inputs (gradient penalties, adversarial examples)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: dict[str, Tensor] = {}
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        before = {id(x) for x in args if isinstance(x, Tensor) and x.requires_grad}
+        out = func(*args, **(kwargs or {}))
+        made = args[0] if func is _SET_REQUIRES_GRAD else out
+        if isinstance(made, Tensor) and made.is_leaf and made.requires_grad and id(made) not in before:
+            self.found[str(len(self.found))] = made
+        return out
+
+
+_SET_REQUIRES_GRAD = torch.Tensor.requires_grad.__set__  # type: ignore[attr-defined]
 
 
 def refuse_captured(value: Tensor, where: str, *known: Mapping[str, Tensor]) -> None:
@@ -60,6 +84,20 @@ def refuse_once_differentiable(value: Tensor, where: str, *known: Mapping[str, T
                     "no second derivative: write its backward in differentiable operators, keep it out of what is "
                     "adapted, or use adjoint=FirstOrder()"
                 )
+
+
+def refuse_stacked_padding(value: Tensor, *known: Mapping[str, Tensor]) -> None:
+    """Check that no embedding in the graph of stacked losses has a padding row: it would be the first task's.
+
+    Raises:
+        UnsupportedError: there is one, called as a function rather than as a module of the network.
+    """
+    none = (-1, 2**64 - 1)
+    for node in nodes(value, {t.grad_fn for tree in known for t in tree.values() if t.grad_fn is not None}):
+        if node.name() == "EmbeddingBackward0" and getattr(node, "_saved_padding_idx", -1) not in none:
+            raise UnsupportedError(
+                "chunk > 1 can't stack F.embedding(padding_idx=): use chunk=1, or nn.Embedding in the network"
+            )
 
 
 def nodes(value: Tensor, known: set[Node]) -> Iterator[Node]:

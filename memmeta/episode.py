@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -13,10 +14,11 @@ from torch import Tensor
 
 from . import trees, whole
 from .adjoints import Adjoint
-from .capture import refuse_captured
+from .capture import OwnLeaves, refuse_captured, refuse_stacked_padding
 from .errors import InputError
-from .microbatch import Microbatch
+from .microbatch import Microbatch, nudged
 from .optimizers import InnerOptimizer
+from .padding import ExactPadding
 from .places import copied
 from .problem import BoundProblem
 from .programs import Programs
@@ -77,7 +79,8 @@ class Episode:
         self.stacked = len(tasks) > 1
         self.query = stack([task.query for task in tasks], "query set") if self.stacked else tasks[0].query
         support = stack([task.support for task in tasks], "support set") if self.stacked else tasks[0].support
-        self._outer = mapped(problem.outer) if self.stacked else problem.outer
+        within = ExactPadding if problem.padding else contextlib.nullcontext
+        self._outer = mapped(problem.outer, within) if self.stacked else problem.outer
         inspect = inspect or any(x.requires_grad for x in trees.tensors([support, self.query]))
         single = params = _start(problem, seeds[0])
         buffers = problem.buffers()
@@ -91,7 +94,7 @@ class Episode:
             buffers = repeat(buffers, len(tasks))
         device = next(iter(params.values())).device
         self.rollout = Rollout(
-            loss=mapped(problem.inner) if self.stacked else problem.inner,
+            loss=mapped(problem.inner, within) if self.stacked else problem.inner,
             batches=[support] * steps,
             rule=optimizer.bind(single, steps),
             leaves=Leaves(params, dict(problem.meta), optimizer.hyperparameters()),
@@ -105,7 +108,7 @@ class Episode:
             programs=programs,
             baked=None if programs is None else problem.baked,
         )
-        if inspect and microbatch is not None:
+        if microbatch is not None:
             self._verify_microbatches()
 
     def meta_gradient(self, adjoint: Adjoint, weights: Sequence[float]) -> Outcome:
@@ -190,12 +193,15 @@ class Episode:
     ) -> tuple[Score, trees.Owned]:
         """The weighted outer loss at theta_t, and its gradient there; adds that of meta to ``into``."""
         params, meta = trees.leaves(trees.taken(params)), trees.cut(self.rollout.leaves.meta)
+        own = OwnLeaves() if self.rollout.inspect else None
         names = list(into)
 
         def differentiate(loss: Tensor, metrics: Tensors) -> tuple[Tensor, Tensors]:
             loss = loss * weight
-            if self.rollout.inspect:
-                refuse_captured(loss, "outer loss", params, meta)
+            if own is not None:
+                refuse_captured(loss, "outer loss", params, meta, own.found)
+                if self.stacked:
+                    refuse_stacked_padding(loss, params, meta)
             if not loss.requires_grad:
                 raise InputError(
                     "the outer loss does not depend on any meta-parameter: compute it from the network it is given, "
@@ -211,7 +217,7 @@ class Episode:
                     loss.backward(ones(loss), inputs=inputs)
             return loss.detach(), metrics
 
-        score = self._pieced(t, differentiate, params, meta, buffers)
+        score = self._pieced(t, differentiate, params, meta, buffers, own)
         for name in names:
             grad = meta[name].grad
             into[name] = into[name] if grad is None else into[name].add_(grad)
@@ -225,14 +231,17 @@ class Episode:
         params: Tensors,
         meta: Tensors,
         buffers: Tensors,
+        own: OwnLeaves | None = None,
     ) -> Score:
-        """The outer loss in microbatches, ``each`` applied to one's weighted loss before the next is begun."""
+        """The outer loss in microbatches, ``each`` applied to one's weighted loss before the next is begun; the leaves
+        that it makes for itself are noted in ``own``."""
         microbatch, loss, metrics = self.rollout.microbatch, None, {}
         n = microbatch.pieces(self.query)
         for piece in range(n):
             self.rollout.reseed(t, piece, *_OUTER)
             batch, weight = microbatch.piece(self.query, piece)
-            value, extra = self._outer(params, meta, copied(buffers), batch)
+            with own or contextlib.nullcontext():
+                value, extra = self._outer(params, meta, copied(buffers), batch)
             value, extra = each(value * weight if n > 1 else value, extra)
             share = microbatch.share(self.query, piece)  # metrics are means whatever the loss is
             loss = value if loss is None else loss + value
@@ -243,7 +252,7 @@ class Episode:
     def _verify_microbatches(self) -> None:
         rollout = self.rollout
         rollout.verify_microbatches()
-        params, meta = trees.detach(rollout.leaves.params), trees.detach(rollout.leaves.meta)
+        params, meta = nudged(rollout.leaves.params), trees.cut(rollout.leaves.meta)
         precision = next(iter(params.values())).dtype
 
         def outer(batch: Any) -> Tensor:

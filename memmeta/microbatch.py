@@ -11,6 +11,7 @@ from torch import Tensor
 
 from . import trees
 from .errors import InputError
+from .trees import Tensors
 
 Reduction = Literal["mean", "sum"]
 
@@ -82,8 +83,8 @@ class Microbatch:
     def verify(self, loss: Callable[[Any], Tensor], batch: Any, where: str, precision: torch.dtype) -> None:
         """Refuse a loss that is not the sum or mean over examples which ``reduction`` says.
 
-        Compares the loss on every few examples with the loss on their halves, without a graph, to the rounding of
-        ``precision``, the dtype that the network computes in. Cost: two forwards over the batch, one piece at a time.
+        Compares the loss on every few examples with the loss on their halves, to the rounding of ``precision``, the
+        dtype that the network computes in. Cost: two forwards over the batch, one piece at a time.
 
         Raises:
             InputError: they differ, or the loss can't be computed on a part.
@@ -114,9 +115,21 @@ class Microbatch:
     def _both(self, loss: Callable[[Any], Tensor], batch: Any) -> tuple[Tensor, Tensor]:
         """The loss of a batch, and what its halves come to."""
         halves = Microbatch(-(-self.examples(batch) // 2), self.reduction, self.stacked)
-        with torch.no_grad():
+        with torch.enable_grad():  # a loss may differentiate on its way
             parts = [halves.piece(batch, index) for index in range(halves.pieces(batch))]
-            return loss(batch), torch.stack([loss(part) * weight for part, weight in parts]).sum(0)
+            whole = loss(batch).detach()
+            return whole, torch.stack([loss(part).detach() * weight for part, weight in parts]).sum(0)
+
+
+def nudged(params: Tensors) -> Tensors:
+    """Leaves a little beside the parameters: where all weights are zero, all examples have the same loss, and any mean
+    over them looks right. The same on every call."""
+    generator = torch.Generator().manual_seed(0)
+
+    def noise(p: Tensor) -> Tensor:
+        return torch.randn(p.shape, generator=generator).to(p) * 0.01
+
+    return trees.leaves({name: p.detach() + noise(p) for name, p in params.items()})
 
 
 def _every(x: Tensor, dim: int, first: int, step: int, precision: torch.dtype) -> Tensor:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import fnmatch
 import functools
+import itertools
+import types
 from collections.abc import Callable, Collection, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,6 +17,7 @@ from torch import Tensor, nn
 from . import trees
 from .errors import InputError
 from .microbatch import Reduction
+from .padding import ExactPadding
 from .places import Places, checkpointed, copied
 from .pooling import FastPooling
 from .trees import Tensors
@@ -78,7 +81,14 @@ class Problem:
         meta = {name: p for name, p in self.trainable().items() if name not in adapted}
         net = self.net
         return BoundProblem(
-            self, Places(net), adapted, meta, self.draws(), FastPooling.helps(net), ExactWeightNorm.needed(net)
+            self,
+            Places(net),
+            adapted,
+            meta,
+            self.draws(),
+            FastPooling.helps(net),
+            ExactWeightNorm.needed(net),
+            ExactPadding.needed(net),
         )
 
     def trainable(self) -> dict[str, nn.Parameter]:
@@ -122,6 +132,7 @@ class BoundProblem:
         draws: the functions of those that start anew in each task.
         pooling: whether there is max pooling on the CPU: query sets are large enough to gain by ``FastPooling``.
         weight_norm: whether there is weight norm, which ``ExactWeightNorm`` is for.
+        padding: whether there are embeddings with a padding row, which ``ExactPadding`` is for.
     """
 
     problem: Problem
@@ -131,13 +142,15 @@ class BoundProblem:
     draws: dict[str, Draw]
     pooling: bool
     weight_norm: bool
+    padding: bool
 
     @functools.cached_property
     def baked(self) -> Hashable:
         """What a forward reads of the network besides its meta-learned parameters and its buffers: the modes, numbers
         and switches that its modules hold, and which frozen tensors."""
         problem, known = self.problem, {id(p) for p in (*self.adapted.values(), *self.meta.values())}
-        functions = tuple(tuple(read(f)) for f in (problem.inner_loss, problem.outer_loss))
+        seen = {*known, *(id(module) for module in problem.net.modules())}
+        functions = tuple(tuple(read(f, seen)) for f in (problem.inner_loss, problem.outer_loss))
         return fingerprint(problem.net, known), functions
 
     def start(self) -> Tensors:
@@ -176,7 +189,11 @@ class BoundProblem:
             return loss(self.problem.net, batch)
 
 
+_MANY = 64  # entries of a container that are looked at
 _PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device)
+
+
+_OF_MODULES = frozenset(vars(nn.Module()))
 
 
 def fingerprint(net: nn.Module, known: Collection[int] = ()) -> Hashable:
@@ -184,23 +201,56 @@ def fingerprint(net: nn.Module, known: Collection[int] = ()) -> Hashable:
     return tuple((name, type(module), *_prints(module, known)) for name, module in net.named_modules())
 
 
-def read(function: Any, depth: int = 3) -> Iterator[Hashable]:
+def read(function: Any, known: Collection[int] = (), depth: int = 5) -> Iterator[Hashable]:
     """The plain values, and the identities of the tensors, that a function reads from its closure, from its module's
-    globals or as attributes; so of the functions that it reads, but for those of libraries."""
-    code, found = getattr(function, "__code__", None), dict[str, Any]()
-    if code is None:
+    globals, from its defaults or as attributes; so of the functions and objects that it reads, but for libraries' and
+    those whose id is ``known``."""
+    if isinstance(function, functools.partial):
+        yield tuple(read(function.func, known, depth))
+        found: dict[str, Any] = {"args": function.args, **function.keywords}
+    elif isinstance(function, types.MethodType):
+        yield tuple(read(function.__func__, known, depth))
+        found = {"self": function.__self__}
+    elif isinstance(function, types.FunctionType):
+        found = {} if str(function.__module__).startswith("torch") else _names(function)
+    else:
         found = dict(getattr(function, "__dict__", {}))
-    elif not str(function.__module__).startswith("torch"):
-        cells = zip(code.co_freevars, function.__closure__ or (), strict=True)
-        found = {name: function.__globals__[name] for name in code.co_names if name in function.__globals__}
-        found.update({name: cell.cell_contents for name, cell in cells if _full(cell)})
     for name, value in found.items():
-        if isinstance(value, Tensor):
-            yield name, id(value), value.data_ptr()
-        elif isinstance(value, _PLAIN):
-            yield name, type(value), value
-        elif callable(value) and depth and not isinstance(value, (type, nn.Module)):
-            yield name, tuple(read(value, depth - 1))
+        print_ = _print(value, known, depth)
+        if print_ is not None:
+            yield name, print_
+
+
+def _names(function: types.FunctionType) -> dict[str, Any]:
+    """What a function's code, and that of the comprehensions in it, may read elsewhere."""
+    codes = [function.__code__]
+    for code in codes:
+        codes += [constant for constant in code.co_consts if isinstance(constant, types.CodeType)]
+    names = {name for code in codes for name in code.co_names}
+    found = {name: function.__globals__[name] for name in sorted(names) if name in function.__globals__}
+    cells = zip(function.__code__.co_freevars, function.__closure__ or (), strict=True)
+    found.update({name: cell.cell_contents for name, cell in cells if _full(cell)})
+    return {**found, "defaults": function.__defaults__, "kwdefaults": function.__kwdefaults__}
+
+
+def _print(value: Any, known: Collection[int], depth: int) -> Hashable:
+    """What tells one value from another, if it can be told cheaply; None if not."""
+    if isinstance(value, Tensor):
+        return id(value), value.data_ptr()
+    if isinstance(value, _PLAIN):
+        return type(value), value
+    if id(value) in known or not depth or isinstance(value, (type, types.ModuleType)):
+        return None
+    if isinstance(value, nn.Module):
+        return fingerprint(value, known)
+    if isinstance(value, Mapping):
+        parts = list(itertools.islice(value.items(), _MANY))
+        return tuple((_print(k, known, depth - 1), _print(v, known, depth - 1)) for k, v in parts)
+    if isinstance(value, (tuple, list)):
+        return tuple(_print(item, known, depth - 1) for item in value[:_MANY])
+    if str(type(value).__module__).split(".")[0] in ("torch", "numpy"):
+        return None
+    return tuple(read(value, known, depth - 1))
 
 
 def _full(cell: Any) -> bool:
@@ -213,12 +263,10 @@ def _full(cell: Any) -> bool:
 
 def _prints(module: nn.Module, known: Collection[int]) -> Iterator[Hashable]:
     for key, value in vars(module).items():
-        if isinstance(value, Tensor):
-            yield key, id(value), value.data_ptr()
-        elif isinstance(value, _PLAIN):
-            yield key, type(value), value
-        elif isinstance(value, (tuple, list)) and all(isinstance(x, _PLAIN) for x in value):
-            yield key, type(value), tuple(value)
+        if key == "training" or key not in _OF_MODULES:
+            print_ = _print(value, known, 2)
+            if print_ is not None:
+                yield key, print_
     for key, p in module._parameters.items():
         if p is not None and id(p) not in known:
             yield key, id(p), p.data_ptr()

@@ -9,6 +9,7 @@ numbers that modules hold, shapes) is in its signature. What can't be a program 
 from __future__ import annotations
 
 import collections
+import math
 import warnings
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any, Literal
@@ -25,7 +26,8 @@ Build = Callable[[], flat.Flat]
 Run = Callable[[], Sequence[Tensor]]
 
 EXECUTIONS = ("eager", "trace", "compile")
-_RECHECK = 8  # the 8th, 64th, 512th ... use of a gradient's program is compared with eager again
+_RECHECK = 8, 64  # the 8th use, and every 64th, is compared with eager again
+_MANY = 32  # programs, after which it counts how often they were used
 
 
 class NoProgram(Exception):
@@ -52,6 +54,7 @@ class Programs:
         self.check: Check = check
         self._kept: collections.OrderedDict[Hashable, _Entry] = collections.OrderedDict()
         self._said: set[str] = set()
+        self._tried = self._hits = 0
 
     def __deepcopy__(self, memo: Any) -> Programs:
         return Programs(self.execution, self.capacity, self.check)
@@ -69,7 +72,8 @@ class Programs:
         inputs: Sequence[Tensor],
         eager: Run,
         *,
-        again: bool = False,
+        again: Run | None = None,
+        groups: Sequence[int] = (),
         tolerance: float | None = None,
         second: Callable[[], str] | None = None,
         option: str | None = None,
@@ -82,7 +86,9 @@ class Programs:
             build: traces it.
             inputs: its tensors.
             eager: the same outputs without a program; called at the first use, to compare.
-            again: whether to compare at later uses too (now and then).
+            again: the first of these outputs, to compare at later uses too, now and then.
+            groups: how many of the outputs belong together, and are compared on their own: a small error in a large
+                loss may be a large one in its derivatives.
             tolerance: relative difference that is rounding; from the precision if not given.
             second: another comparison, which decides at the first use where the outputs differ; empty if it finds none.
             option: what asked for the program, for a message that there is none.
@@ -98,10 +104,17 @@ class Programs:
 
         entry = self._kept.get(key)
         if entry is None:
+            self._tried += 1
+            if self._tried >= _MANY and self._hits < 4 * self._tried:
+                self.say(
+                    f"{option}: programs are made again and again and seldom used twice, as shapes or Python values "
+                    "that the loss reads change: make such values tensors, or use execution='eager'"
+                )
             entry = self._kept[key] = self._made(build, inputs, refuse)
             if len(self._kept) > self.capacity:
                 self._kept.popitem(last=False)
         else:
+            self._hits += 1
             self._kept.move_to_end(key)
         if entry.program is None:
             return None
@@ -115,15 +128,21 @@ class Programs:
                 refuse(_reason(error))
             return None  # run eagerly: it says what is wrong with these inputs, if they are to blame
         entry.uses += 1
-        if entry.uses == 1 or (again and entry.uses == entry.check):
-            entry.check = entry.uses * _RECHECK
-            problem = disagreement(found, eager(), tolerance)
-            if problem and entry.uses == 1 and second is not None:
+        if entry.uses == 1:
+            # Fused kernels round otherwise, and switch some rectifiers: derivatives jump there.
+            fused, wanted = self.execution == "compile", eager()
+            problem = disagreement(found, wanted, tolerance, slack=20 if fused else 3)
+            problem = problem or disagreement(found, wanted, 0.1 if fused else tolerance, groups, slack=3)
+            del wanted
+            if problem and second is not None:
                 problem = second() and problem
-            if problem and entry.uses == 1:
+            if problem:
                 entry.program = None
                 refuse(f"the program disagrees with eager execution ({problem})")
                 return None
+        elif again is not None and (entry.uses == _RECHECK[0] or entry.uses % _RECHECK[1] == 0):
+            wanted = again()
+            problem = disagreement(found[: len(wanted)], wanted)
             if problem:
                 raise ReplayError(
                     f"a traced program no longer agrees with the loss ({problem}), which depends on Python state that "
@@ -179,7 +198,6 @@ class _Entry:
     def __init__(self, program: flat.Flat | None) -> None:
         self.program = program
         self.uses = 0
-        self.check = _RECHECK
 
 
 def _reason(error: Exception) -> str:
@@ -187,32 +205,50 @@ def _reason(error: Exception) -> str:
     if isinstance(error, NoProgram):
         return text
     name = getattr(error, "func", None)
-    symbolic = type(error).__name__ == "GuardOnDataDependentSymNode"  # in a module that takes long to import
-    if symbolic or "data-dependent" in text.lower() or name is not None:
+    # By name: their modules take long to import.
+    kinds = ("GuardOnDataDependentSymNode", "DataDependentOutputException", "DynamicOutputShapeException")
+    if type(error).__name__ in kinds or "data-dependent" in text.lower():
         operator = f" ({name})" if name is not None else ""
         return f"the loss's control flow or shapes depend on the values of tensors{operator}, which can't be traced"
     line = text.splitlines()[0] if text else type(error).__name__
     return f"the loss can't be traced ({type(error).__name__}: {line[:200]})"
 
 
-def disagreement(found: Sequence[Tensor], wanted: Sequence[Tensor], tolerance: float | None = None) -> str:
+def disagreement(
+    found: Sequence[Tensor],
+    wanted: Sequence[Tensor],
+    tolerance: float | None = None,
+    groups: Sequence[int] = (),
+    slack: float = 20.0,
+) -> str:
     """In what way two lists of tensors differ by more than rounding; empty if they don't.
 
-    Compared in the norm over all tensors together: the gradient of a bias before batch norm is rounding alone.
+    Compared in the norm over all tensors together (the gradient of a bias before batch norm is rounding alone), and
+    over those of each group, of so many tensors one after the other.
+
+    Args:
+        tolerance: relative; if not given, ``slack`` times the root of the coarsest precision, at most a tenth.
     """
     if len(found) != len(wanted) or any(a.shape != b.shape for a, b in zip(found, wanted, strict=False)):
         return "other shapes"
-    difference, scale, precision = 0.0, 0.0, 0.0
     kinds = {b.device.type for b in wanted if torch.amp.is_autocast_available(b.device.type)}
-    coarse = [torch.get_autocast_dtype(kind) for kind in kinds if torch.is_autocast_enabled(kind)]
+    types = {torch.get_autocast_dtype(kind) for kind in kinds if torch.is_autocast_enabled(kind)}
+    types |= {b.dtype for b in wanted if b.is_floating_point()}
+    precision = max((torch.finfo(dtype).eps for dtype in types), default=0.0)
+    differences, sizes = [], []
     for a, b in zip(found, wanted, strict=True):
-        if b.is_floating_point():
-            precision = max([precision, *(torch.finfo(dtype).eps for dtype in (b.dtype, *coarse))])
-        difference += float(torch.linalg.vector_norm((a - b).nan_to_num().double())) ** 2
-        scale += float(torch.linalg.vector_norm(b.nan_to_num().double())) ** 2
-    error = (difference / scale) ** 0.5 if scale else difference**0.5
-    tolerance = min(20 * precision**0.5, 0.1) if tolerance is None else tolerance
-    return f"relative error {error:.2g}" if error > tolerance else ""
+        if b.is_floating_point() and not torch.equal(a.isnan(), b.isnan()):
+            return "not a number in one of them"
+        differences.append(float(torch.linalg.vector_norm((a - b).nan_to_num().double())))
+        sizes.append(float(torch.linalg.vector_norm(b.nan_to_num().double())))
+    most = min(slack * precision**0.5, 0.1) if tolerance is None else tolerance
+    total, start = math.hypot(*sizes), 0
+    error = math.hypot(*differences) / (total or 1.0)
+    for size in groups:
+        end = start + size
+        scale = math.hypot(*sizes[start:end]) + 10 * precision * total  # what is rounding alone is small
+        error, start = max(error, math.hypot(*differences[start:end]) / (scale or 1.0)), end
+    return f"relative error {error:.2g}" if error > most else ""
 
 
 def signature(tensors: Sequence[Tensor]) -> Hashable:

@@ -20,9 +20,9 @@ from torch.backends import mha
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from . import trees
-from .capture import refuse_captured, refuse_once_differentiable
+from .capture import OwnLeaves, refuse_captured, refuse_once_differentiable, refuse_stacked_padding
 from .errors import InputError, UnsupportedError
-from .microbatch import Microbatch
+from .microbatch import Microbatch, nudged
 from .optimizers import BoundRule
 from .optimizers.base import Slots
 from .places import copied
@@ -283,14 +283,18 @@ class Rollout:
         after = copied(buffers)
         self.reseed(t, piece)
         batch, weight = self.microbatch.piece(self.batches[t], piece)
-        value = self.loss(params, meta, after, batch)
+        own = OwnLeaves() if self.inspect else None
+        with own or contextlib.nullcontext():
+            value = self.loss(params, meta, after, batch)
         if weight != 1.0:
             value = value * weight
         if not value.requires_grad:
             raise self._independent(t)
+        if self.inspect and self.microbatch.stacked:
+            refuse_stacked_padding(value, params, meta)
         # Where every step has the same batch, every step's loss reads the same tensors.
-        if self.inspect and piece == 0 and (t == 0 or self.batches[t] is not self.batches[t - 1]):
-            refuse_captured(value, "inner loss", params, meta)
+        if own is not None and piece == 0 and (t == 0 or self.batches[t] is not self.batches[t - 1]):
+            refuse_captured(value, "inner loss", params, meta, own.found)
         if self.inspect and create_graph and piece == 0 and self._last_of_its_batch(t):
             refuse_once_differentiable(value, "inner loss", params, meta)
         return value, after
@@ -309,7 +313,7 @@ class Rollout:
 
     def verify_microbatches(self) -> None:
         """Refuse microbatches where the inner loss is no sum or mean over examples; see ``Microbatch.verify``."""
-        params, meta = trees.detach(self.leaves.params), trees.detach(self.leaves.meta)
+        params, meta = nudged(self.leaves.params), trees.cut(self.leaves.meta)
         precision = next(iter(params.values())).dtype
 
         def inner(batch: Any) -> Tensor:
@@ -317,7 +321,7 @@ class Rollout:
 
         with self.session(), self.autocast.off():
             self.reseed(0)
-            for batch in self.batches[:1]:
+            for batch in {id(batch): batch for batch in self.batches}.values():
                 self.microbatch.verify(inner, batch, "inner loss", precision)
 
     def reseed(self, *place: int) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib
 from collections.abc import Callable, Mapping, Sequence
@@ -68,11 +69,12 @@ def repeat(params: Tensors, count: int) -> Tensors:
 
 def mapped(
     function: Callable[[Tensors, Tensors, Tensors, Any], Any],
+    within: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext,
 ) -> Callable[[Tensors, Tensors, Tensors, Any], Any]:
     """``function(params, meta, buffers, batch)`` over C stacked tasks; ``meta`` is shared, changed buffers are kept.
 
     Only the forward is mapped; gradients of the stack are taken eagerly outside, so that no functorch level is around
-    autograd.
+    autograd. ``within()`` is around each call of the function.
 
     Raises:
         UnsupportedError: the function draws random numbers, or looks at values (``.item()``), which can't be stacked.
@@ -89,7 +91,7 @@ def mapped(
             return out, changed
 
         try:
-            with refuse_checkpoints("chunk > 1", "use chunk=1"):
+            with refuse_checkpoints("chunk > 1", "use chunk=1"), within():
                 out, changed = lean_vmap(single, [*params.values(), *buffers.values(), *examples.values()])
         except RuntimeError as error:
             raise _explained(error) from error
@@ -141,6 +143,8 @@ def _explained(error: RuntimeError) -> Exception:
         return UnsupportedError(f"chunk > 1 can't stack this network ({text.split(';')[0][:120]}): use chunk=1")
     if "out of bounds" in text and "index" in text.lower():
         return InputError(f"the task's labels or indices do not fit the network ({text.splitlines()[0]})")
+    if "vmap" in text or "functorch" in text or "we do not yet support" in text:
+        return UnsupportedError(f"chunk > 1 can't stack this loss ({text.splitlines()[0][:120]}): use chunk=1")
     return error
 
 

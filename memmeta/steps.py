@@ -114,7 +114,8 @@ def gradient(programs: Programs, call: Call, eager: Run) -> list[Tensor] | None:
         rematerialise(program.module)
         return program
 
-    return _run(programs, call, ("gradient",), build, call.inputs(), eager, again=True)
+    groups = 1, len(call.params), len(call.buffers)
+    return _run(programs, call, ("gradient",), build, call.inputs(), eager, again=eager, groups=groups)
 
 
 def product(
@@ -157,7 +158,15 @@ def product(
 
     forward = {"option": "hvp='forward'", "instead": "hvp='reverse' is used"} if hvp == "forward" else {}
     tolerance = DIFFERENCE if programs.check == "difference" else None
-    options = {"tolerance": tolerance, "second": on_few, **forward}
+
+    def again() -> list[Tensor]:
+        call.reseed()
+        with torch.enable_grad():
+            return [call.replaced(call.inputs()).value().detach()]
+
+    n, wanted = len(call.params), len(trees.wanted(call.meta))
+    groups = (1, n, n, wanted) if grads else (1, n, wanted)
+    options = {"tolerance": tolerance, "second": on_few, "again": again, "groups": groups, **forward}
     return _run(programs, call, kind, build, [*inputs, *into], compared, **options)
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from . import trees
 from .modes import Lasting
@@ -22,19 +23,31 @@ STOP = torch.ops.memmeta.stop.default
 _DETACH = (torch.Tensor.detach, torch.detach, torch.Tensor.data.__get__)  # type: ignore[attr-defined]
 
 
+_INSIDE = (torch.Tensor.detach_, torch.detach_, F.gumbel_softmax)
+"""What detaches a tensor in place, or on its way."""
+
+
 class MarkedStops(Lasting):
     """Inside it, what is detached or computed under ``no_grad`` from tensors that require grad is marked by ``STOP``.
 
-    In a flat program a ``detach`` of the loss's own can't be told from those of autograd's bookkeeping.
+    So are gradients without ``create_graph``. In a flat program a ``detach`` of the loss's own can't be told from those
+    of autograd's bookkeeping.
+
+    Raises:
+        RuntimeError: what can't be marked; the message names it.
     """
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        given = trees.tensors([args, dict(kwargs or {})])
+        options = dict(kwargs or {})
+        given = trees.tensors([args, options])
         stopped = func in _DETACH or not torch.is_grad_enabled()
+        stopped = stopped or (func is torch.autograd.grad and not options.get("create_graph", False))
         stopped = stopped and any(x.requires_grad for x in given)
-        out = func(*args, **(kwargs or {}))
+        if func in _INSIDE and any(x.requires_grad for x in given):
+            raise RuntimeError(f"{func.__name__} takes a part of itself for a constant")
+        out = func(*args, **options)
         if not stopped:
             return out
         # What is changed in place stays the tensor that it is.

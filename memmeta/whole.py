@@ -50,6 +50,8 @@ def run(
     inputs = _inputs(rollout, query)
     wanted = Leaves(*({n: x for n, x in group.items() if x.requires_grad} for group in rollout.leaves))
 
+    groups = [len(group) for group in wanted]
+
     def build() -> flat.Flat:
         names: list[str] = []
 
@@ -66,7 +68,7 @@ def run(
         program.note = tuple(names)
         return program
 
-    found = programs.run(key, build, inputs, _flattened(eager), again=True)
+    found = programs.run(key, build, inputs, _flattened(eager), again=_flattened(eager), groups=groups)
     if found is None:
         return None
     left = iter(found)

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import mlp
+from helpers import error, meta_gradient, mlp
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -101,3 +101,39 @@ def test_weight_norm_is_refused() -> None:
             optimizer=mm.SGD(lr=0.1),
             adjoint=mm.Unrolled(),
         )
+
+
+@pytest.mark.parametrize("adjoint", [mm.Stepwise(), mm.Stepwise(hvp="forward")], ids=["reverse", "forward"])
+@pytest.mark.parametrize("microbatch", [None, 2])
+def test_leaves_that_a_loss_makes_for_itself(adjoint: mm.Adjoint, microbatch: int | None) -> None:
+    """A gradient penalty: the loss differentiates with respect to its inputs."""
+
+    def penalised(net: nn.Module, batch: Any) -> Tensor:
+        x = batch[0].detach().requires_grad_()
+        out = net(x)
+        slope = torch.autograd.grad(out.square().sum(), x, create_graph=True)[0]
+        return F.mse_loss(out, batch[1]) + slope.square().sum(1).mean()
+
+    torch.manual_seed(0)
+    net = mlp().double()
+
+    def learner(adjoint: mm.Adjoint) -> mm.MetaLearner:
+        return mm.MetaLearner(mm.Problem(net, penalised, penalised), optimizer=mm.SGD(0.1), steps=2, adjoint=adjoint)
+
+    batch = torch.randn(6, 3).double(), torch.randn(6, 2).double()
+    found = meta_gradient(learner(adjoint), [(batch, batch)], microbatch=microbatch)
+    assert error(found, meta_gradient(learner(mm.Unrolled()), [(batch, batch)])) < 1e-12
+
+
+def test_a_captured_tensor_beside_a_leaf_of_the_losss_own() -> None:
+    weight = torch.ones(3, requires_grad=True)
+
+    def loss(net: nn.Module, batch: Any) -> Tensor:
+        x = batch[0].detach().requires_grad_()
+        weight.requires_grad_()
+        return F.mse_loss(net(x * weight), batch[1])
+
+    learner = mm.MetaLearner(mm.Problem(mlp(), loss, loss), optimizer=mm.SGD(0.1), steps=2)
+    batch = torch.randn(6, 3), torch.randn(6, 2)
+    with pytest.raises(mm.CaptureError, match=r"shape \[3\]"):
+        learner.accumulate([(batch, batch)])

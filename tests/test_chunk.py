@@ -275,3 +275,40 @@ def test_transformer_layer_in_evaluation_mode() -> None:
     case = PROBLEMS["transformer"]
     learner = mm.maml(case.net().eval(), loss=case.loss, optimizer=mm.SGD(0.1), steps=2)
     same_values(learner.evaluate(case.tasks(4), chunk=4), learner.evaluate(case.tasks(4)))
+
+
+class Padded(nn.Module):
+    """Token indices (n, 5) to (n, 3); as a module, or by the function."""
+
+    def __init__(self, padding: int | None, function: bool = False) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.table, self.last = nn.Embedding(10, 4, padding_idx=None if function else padding), nn.Linear(4, 3)
+        self.function = function
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        rows = F.embedding(tokens, self.table.weight, padding_idx=0) if self.function else self.table(tokens)
+        return self.last(rows.tanh().mean(1))
+
+
+def sentences() -> list[Any]:
+    tokens, labels = torch.arange(60).reshape(12, 5) % 10, torch.arange(12) % 3
+    tokens[:, 3:] = 0
+    return [((tokens, labels), (tokens.flip(0), labels)), ((tokens.roll(1, 0), labels), (tokens, labels))]
+
+
+@pytest.mark.parametrize("padding", [0, -10, 7, None])
+@pytest.mark.parametrize("execution", ["eager", "trace"])
+def test_the_padding_row_of_every_stacked_table_has_no_gradient(padding: int | None, execution: Any) -> None:
+    net = Padded(padding).double()
+    learner = mm.maml(net, loss=F.cross_entropy, optimizer=mm.SGD(0.5), steps=3, execution=execution)
+    one, two = (meta_gradient(learner, sentences(), chunk=chunk) for chunk in (1, 2))
+    assert error(two, one) < 1e-12
+    if padding is not None:
+        assert two["net.table.weight"][padding].abs().max() == 0
+
+
+def test_a_padding_row_that_only_the_function_knows_is_refused() -> None:
+    learner = mm.maml(Padded(None, True).double(), loss=F.cross_entropy, optimizer=mm.SGD(0.5), steps=3)
+    with pytest.raises(mm.UnsupportedError, match=r"F\.embedding\(padding_idx=\): use chunk=1"):
+        learner.accumulate(sentences(), chunk=2)

@@ -20,7 +20,7 @@ SERVICE = ROOT.parent / "workers" / "memmeta_workers"
 LAYERS = (
     ("errors", "randomness", "memory", "task", "flat", "inductor", "modes"),
     ("attention", "weight_norm", "trees", "report", "fixed_point", "raw", "schedules", "programs", "remat"),
-    ("capture", "costs", "microbatch", "places", "pooling", "solvers", "stops"),
+    ("capture", "costs", "microbatch", "padding", "places", "pooling", "solvers", "stops"),
     ("double_backward", "dual", "optimizers", "problem"),
     ("steps",),
     ("rollout",),

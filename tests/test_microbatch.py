@@ -220,3 +220,31 @@ def test_bad_values(size: Any) -> None:
         learner.accumulate(tasks_of(), microbatch=size)
     with pytest.raises(mm.InputError, match="microbatch="):
         learner.adapt(tasks_of()[0].support, microbatch=size)
+
+
+@pytest.mark.parametrize("order", [(0, 1), (1, 0)])
+def test_every_task_is_looked_at(order: tuple[int, int]) -> None:
+    """Labels that are ignored make a mean no mean over examples; only one of the tasks has some."""
+    torch.manual_seed(0)
+    x, y = torch.randn(12, 3), torch.arange(12) % 2
+    ignored = y.clone()
+    ignored[[0, 1, 2, 7]] = -100
+    tasks = [((x, y), (x, y)), ((x, ignored), (x, y))]
+    learner = mm.maml(mlp(), loss=F.cross_entropy, optimizer=mm.SGD(0.1), steps=2, metrics={})
+    with pytest.raises(mm.InputError, match="inner loss is not a mean over examples"):
+        learner.accumulate([tasks[index] for index in order], microbatch=4)
+
+
+def test_every_batch_of_an_inner_loop_is_looked_at_beside_the_initial_weights() -> None:
+    """At zero weights all examples have the same loss, and any weighted mean looks right."""
+    torch.manual_seed(0)
+    x, y = torch.randn(12, 6), torch.arange(12) % 3
+    ignored = y.clone()
+    ignored[[0, 1, 2, 7]] = -100
+    w = torch.zeros(6, 3, requires_grad=True)
+
+    def loss(params: Any, meta: Any, batch: Any) -> Tensor:
+        return F.cross_entropy(batch[0] @ params["w"], batch[1])
+
+    with pytest.raises(mm.InputError, match="inner loss is not a mean over examples"):
+        mm.adapt(loss, {"w": w}, [(x, y), (x, ignored)], optimizer=mm.SGD(0.5), microbatch=4)

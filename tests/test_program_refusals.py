@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
+import functools
 import re
 from collections.abc import Callable
 from typing import Any
@@ -121,12 +123,143 @@ def test_a_counter_in_the_loss_is_found(adjoint: mm.Adjoint) -> None:
         learner_of(Counting().double(), adjoint=adjoint).accumulate([pair()])
 
 
+class Hidden:
+    """A number in a slot, which is not looked for."""
+
+    __slots__ = ("temperature",)
+
+    def __init__(self, temperature: float) -> None:
+        self.temperature = temperature
+
+
+@dataclasses.dataclass
+class Config:
+    scale: float = 1.0
+
+
+class Scaled:
+    """A loss with a number of its own, and a method."""
+
+    def __init__(self) -> None:
+        self.config = Config()
+
+    def method(self, prediction: Tensor, target: Tensor) -> Tensor:
+        return F.cross_entropy(prediction * self.config.scale, target)
+
+    __call__ = method
+
+
+def smoothed() -> tuple[Any, Callable[[float], None]]:
+    loss = nn.CrossEntropyLoss(label_smoothing=0.1)
+    return loss, lambda x: setattr(loss, "label_smoothing", x / 10)
+
+
+def mapping() -> tuple[Any, Callable[[float], None]]:
+    numbers = {"inside": [{"scale": 1.0}]}
+    return lambda p, y: F.cross_entropy(p * numbers["inside"][0]["scale"], y), lambda x: numbers.update(
+        inside=[{"scale": x}]
+    )
+
+
+def comprehension() -> tuple[Any, Callable[[float], None]]:
+    def loss(p: Tensor, y: Tensor) -> Tensor:
+        return F.cross_entropy(p, y) + sum(GLOBAL["scale"] * row.square().sum() for row in p)
+
+    return loss, lambda x: GLOBAL.update(scale=x)
+
+
+def configured() -> tuple[Any, Callable[[float], None]]:
+    loss = Scaled()
+    return loss, lambda x: setattr(loss.config, "scale", x)
+
+
+def bound() -> tuple[Any, Callable[[float], None]]:
+    loss = Scaled()
+    return loss.method, lambda x: setattr(loss.config, "scale", x)
+
+
+def partial() -> tuple[Any, Callable[[float], None]]:
+    config = Config()
+
+    def scaled(prediction: Tensor, target: Tensor, config: Config) -> Tensor:
+        return F.cross_entropy(prediction * config.scale, target)
+
+    return functools.partial(scaled, config=config), lambda x: setattr(config, "scale", x)
+
+
+GLOBAL = {"scale": 1.0}
+
+
+@pytest.mark.parametrize("make", [smoothed, mapping, comprehension, configured, bound, partial])
+def test_numbers_wherever_a_loss_may_read_them_are_part_of_a_program(make: Any) -> None:
+    loss, change = make()
+    learner = learner_of(net_of(), loss)
+    for number in (1.0, 3.0, 1.0):
+        change(number)
+        assert same_as_eager(learner)
+
+
+def test_an_object_that_a_module_holds_is_part_of_a_program() -> None:
+    net = net_of(lambda module, h: h.tanh() * module.config.scale)
+    net.config = Config()  # type: ignore[assignment]
+    learner = learner_of(net)
+    for number in (1.0, 3.0):
+        vars(net)["config"].scale = number
+        assert same_as_eager(learner)
+
+
+def test_programs_that_are_never_used_twice_are_spoken_of() -> None:
+    counter = {"calls": 0}
+
+    def loss(p: Tensor, y: Tensor) -> Tensor:
+        counter["calls"] += 1
+        return F.cross_entropy(p, y)
+
+    learner = learner_of(net_of(), loss)
+    with said() as messages:
+        for _ in range(16):
+            learner.accumulate([pair()])
+    assert len([m for m in messages if "seldom used twice" in m]) == 1
+
+
+STOPPING: dict[str, Callable[[Any, Tensor], Tensor]] = {
+    "gumbel_softmax": lambda _, h: h * F.gumbel_softmax(h, hard=True),
+    "detach_": lambda _, h: h * (h * 1.0).detach_(),
+}
+
+
+@pytest.mark.parametrize("name", STOPPING)
+def test_what_can_not_be_marked_as_a_constant_is_refused_by_name(name: str) -> None:
+    learner = learner_of(net_of(STOPPING[name]), adjoint=FORWARD, execution="eager")
+    with said() as messages:
+        assert same_as_eager(learner)
+    assert len(messages) == 1
+    assert name in messages[0]
+
+
+@pytest.mark.parametrize("execution", ["eager", "trace"])
+def test_a_gradient_inside_the_loss_is_a_constant(execution: Any) -> None:
+    """With a small rate, so that a wrong product is small beside the loss."""
+
+    def salient(_: Any, h: Tensor) -> Tensor:
+        z = h.detach().requires_grad_()
+        return h * torch.autograd.grad(z.tanh().square().sum(), z)[0]
+
+    net = net_of(salient).float()
+    (x, y), (a, b) = pair()
+    task = ((x.float(), y), (a.float(), b))
+    learner = learner_of(net, optimizer=mm.Adam(0.01), adjoint=FORWARD, execution=execution)
+    wanted = learner_of(copy.deepcopy(net), optimizer=mm.Adam(0.01), adjoint=mm.Unrolled(), execution="eager")
+    # float32: the first use is compared by relative differences of a thousandth.
+    assert helpers.error(*(helpers.meta_gradient(one, [task]) for one in (learner, wanted))) < 1e-5
+
+
 @pytest.mark.parametrize("adjoint", [mm.Stepwise(), BY_STEPS], ids=["whole", "reverse"])
 def test_a_number_of_a_closure_that_changes_later_is_found(adjoint: mm.Adjoint) -> None:
-    numbers = {"temperature": 1.0}
-    learner = learner_of(net_of(), lambda p, y: F.cross_entropy(p * numbers["temperature"], y), adjoint=adjoint)
+    numbers = Hidden(1.0)
+    learner = learner_of(net_of(), lambda p, y: F.cross_entropy(p * numbers.temperature, y), adjoint=adjoint)
     assert same_as_eager(learner)
-    numbers["temperature"] = 2.0
+    numbers.temperature = 2.0
     with pytest.raises(mm.ReplayError, match=r"depends on Python state that has changed since.*execution='eager'"):
         learner.accumulate([pair()] * 8)
 
@@ -256,6 +389,10 @@ def test_disagreement() -> None:
     assert disagreement([a], [2 * a]) == "relative error 0.5"
     assert disagreement([a], [a, b]) == disagreement([a], [a[:2]]) == "other shapes"
     assert disagreement([torch.tensor([float("nan"), 1.0])], [torch.tensor([float("nan"), 1.0])]) == ""
+    assert disagreement([torch.tensor([float("nan")])], [torch.ones(1)]) == "not a number in one of them"
+    small, large = torch.tensor([1e-2]), torch.tensor([100.0])
+    assert disagreement([large, 0 * small], [large, small]) == ""
+    assert disagreement([large, 0 * small], [large, small], groups=[1, 1]) == "relative error 0.99"
 
 
 def test_numbers_that_a_loss_reads_elsewhere_are_part_of_a_program() -> None:
