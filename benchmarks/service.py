@@ -23,103 +23,31 @@ import argparse
 import contextlib
 import dataclasses
 import functools
-import gc
 import json
 import multiprocessing
 import os
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
 from speed import environment
 
+from memmeta_bench.service_steps import Reduce, Step, build, crew, recipe, step_of
 from memmeta_workers import Experiment
 from memmeta_workers.cluster import connected
 from memmeta_workers.compute import Job, compute
-from memmeta_workers.coordinator import Coordinator, StepRecord
-from memmeta_workers.dispatch import Dispatcher
-from memmeta_workers.experiment import load
+from memmeta_workers.coordinator import Coordinator
 from memmeta_workers.local import local
-from memmeta_workers.policies import Crew
-from memmeta_workers.recipe import Recipe, built
-from memmeta_workers.service import Service
+from memmeta_workers.recipe import Recipe
 from memmeta_workers.shards import cut
 from memmeta_workers.update import Layout, OuterUpdate
 
-EXPERIMENTS = Path(__file__).parent / "experiments"
 PARTS = ("publish", "fetch", "gather", "update")
-Reduce = Literal["server", "tree"]
-
-
-def recipe(name: str, **options: Any) -> Recipe:
-    """The recipe of one of ``benchmarks/experiments``, on the CPU, with one thread per process."""
-    file = load(EXPERIMENTS / f"{name}.py")
-    return Recipe(
-        path=str(file.path),
-        sha256=file.sha256,
-        text=file.path.read_bytes(),
-        options=options,
-        steps=1_000_000,
-        threads=1,
-        device="cpu",
-        folder=os.getcwd(),
-    )
-
-
-def build(made: Recipe) -> Experiment:
-    """This process's own copy of the experiment."""
-    return built(load(made.path), made.options, made.steps)
-
-
-@dataclass(frozen=True)
-class Step:
-    """One outer step: its record, and the most seconds that a worker spent on its jobs (embedded: this process)."""
-
-    record: StepRecord
-    busy: float
-
-    @property
-    def seconds(self) -> float:
-        """Of all of it."""
-        return self.record.times["step"]
-
-    @property
-    def parts(self) -> dict[str, float]:
-        """Seconds of ``PARTS``."""
-        return {**self.record.times, "fetch": self.record.service.get("fetch_seconds", 0.0)}
-
-
-def step_of(coordinator: Coordinator) -> Step:
-    """Makes one outer step, without garbage collection in this process."""
-    before = _busy(coordinator)
-    gc.collect()
-    gc.disable()
-    try:
-        record = coordinator.run_step()
-    finally:
-        gc.enable()
-    spent = [seconds - before.get(name, 0.0) for name, seconds in _busy(coordinator).items()]
-    return Step(record, max(spent, default=record.times["compute"]))
-
-
-def _busy(coordinator: Coordinator) -> dict[str, float]:
-    """Seconds that each worker has spent on its jobs so far."""
-    workers = coordinator.workers
-    return {one.name: one.seconds for one in workers.statuses()} if isinstance(workers, Dispatcher) else {}
-
-
-@contextlib.contextmanager
-def crew(made: Recipe, experiment: Experiment, workers: int, reduce: Reduce = "server") -> Iterator[Coordinator]:
-    """A coordinator over exactly so many workers, on the cluster that this process is attached to."""
-    name = f"{Path(made.path).stem}-{workers}-{reduce}"
-    with Service(Crew(workers, workers), reduce=reduce, name=name).started(made, experiment) as coordinator:
-        yield coordinator
 
 
 class Plain:
@@ -175,7 +103,7 @@ def _plain(end: Connection, made: Recipe, index: int, count: int) -> None:
 
 def scaling(turns: int, repeat: int, tasks: int, filters: int) -> dict[str, Any]:
     """Measurement 1, see above; ``repeat`` counted steps of each in a turn."""
-    made = recipe("conv4", filters=filters, meta_batch=tasks, shard_size=2)
+    made = recipe("conv4", {"filters": filters, "meta_batch": tasks, "shard_size": 2})
     seconds: dict[str, list[float]] = {}
     with connected("local", 2, "memmeta-benchmark"):
         for _ in range(turns):
@@ -235,7 +163,7 @@ def _mean(way: Callable[[], float], repeat: int, warm: int = 2) -> float:
 
 def overheads(steps: int, tasks: int, filters: int) -> dict[str, Any]:
     """Measurement 2, see above: so many steps with one worker and with two."""
-    made = recipe("conv4", filters=filters, meta_batch=tasks, shard_size=4)
+    made = recipe("conv4", {"filters": filters, "meta_batch": tasks, "shard_size": 4})
     rows: dict[str, Any] = {}
     with connected("local", 2, "memmeta-benchmark"):
         for workers in (1, 2):
@@ -249,11 +177,16 @@ def overheads(steps: int, tasks: int, filters: int) -> dict[str, Any]:
 def overhead(steps: Sequence[Step]) -> dict[str, Any]:
     """Measurement 2 of these steps."""
     return {
-        "share_median": statistics.median(sum(one.parts[part] for part in PARTS) / one.seconds for one in steps),
+        "share_median": statistics.median(sum(_told(one)[part] for part in PARTS) / one.seconds for one in steps),
         "idle_share_median": statistics.median(1 - one.busy / one.seconds for one in steps),
-        "parts_median": {part: statistics.median(one.parts[part] for one in steps) for part in PARTS},
+        "parts_median": {part: statistics.median(_told(one)[part] for one in steps) for part in PARTS},
         "step_median": statistics.median(one.seconds for one in steps),
     }
+
+
+def _told(step: Step) -> dict[str, float]:
+    """Seconds of ``PARTS``, as the step's record has them."""
+    return {**step.record.times, "fetch": step.record.service.get("fetch_seconds", 0.0)}
 
 
 def least_copies(workers: int, at_once: bool = False) -> float:
@@ -279,9 +212,9 @@ def moving(turns: int, warm: int, megabytes: float, outer: str) -> dict[str, Any
         stack.enter_context(connected("local", 8, "memmeta-benchmark"))
         steps: dict[tuple[int, Reduce], list[Step]] = {key: [] for key in crews}
         services: dict[tuple[int, Reduce], Coordinator] = {}
-        experiment = build(recipe("wide", megabytes=megabytes))
+        experiment = build(recipe("wide", {"megabytes": megabytes}))
         for workers, reduce in crews:
-            made = recipe("wide", megabytes=megabytes, meta_batch=workers, outer=outer)
+            made = recipe("wide", {"megabytes": megabytes, "meta_batch": workers, "outer": outer})
             own = dataclasses.replace(experiment, meta_batch=workers)
             services[workers, reduce] = stack.enter_context(crew(made, own, workers, reduce))
         for coordinator in services.values():

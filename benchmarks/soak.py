@@ -2,7 +2,7 @@
 
     .venv/bin/python benchmarks/soak.py --json benchmarks/results/soak.json --plot benchmarks/results/soak.png
 
-Many short outer steps (sine waves, ``experiments/sinusoid.py``) with workers on a private cluster. Every 50 steps the
+Many short outer steps (sine waves) with workers on a private cluster. Every 50 steps the
 resident bytes (VmRSS and its anonymous part, /proc/PID/status) of this process (the driver), the parameter server and
 every worker are sampled, those of Ray's own processes too, for information; and the used bytes of the object store:
 ``cluster_resources()`` less ``available_resources()`` of Ray, which needs no dashboard and follows within a second. The
@@ -28,9 +28,9 @@ from typing import Any
 import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from service import build, recipe
 from speed import environment
 
+from memmeta_bench.service_steps import build, recipe
 from memmeta_workers.cluster import connected
 from memmeta_workers.policies import Crew
 from memmeta_workers.service import Service
@@ -98,7 +98,7 @@ def store_bytes(settle: float = 0.0) -> int:
 
 def soak(steps: int, workers: int, every: int, hidden: int) -> dict[str, Any]:
     """Runs and samples."""
-    made = recipe("sinusoid", hidden=hidden)
+    made = recipe("sinusoid", {"hidden": hidden})
     experiment = build(made)
     samples: dict[str, list[dict[str, int]]] = {}
     store: list[int] = []

@@ -41,6 +41,21 @@ class OwnLeaves(TorchFunctionMode):
 _SET_REQUIRES_GRAD = torch.Tensor.requires_grad.__set__  # type: ignore[attr-defined]
 
 
+def refuse_foreign(value: Tensor, where: str, *known: Mapping[str, Tensor], again: Callable[[], Tensor]) -> None:
+    """``refuse_captured``, but for leaves that the loss makes for itself: where a leaf is not known, the loss is
+    computed ``again``, and looked at on its way. (Looked at always, it would hold more tensors at a time.)
+
+    Raises:
+        CaptureError: see ``refuse_captured``.
+    """
+    try:
+        refuse_captured(value, where, *known)
+    except CaptureError:
+        with OwnLeaves() as own:
+            value = again()
+        refuse_captured(value, where, *known, own.found)
+
+
 def refuse_captured(value: Tensor, where: str, *known: Mapping[str, Tensor]) -> None:
     """Check that the graph of ``value`` ends in the tensors of ``known``, and nowhere else.
 

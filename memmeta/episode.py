@@ -14,7 +14,7 @@ from torch import Tensor
 
 from . import trees, whole
 from .adjoints import Adjoint
-from .capture import OwnLeaves, refuse_captured, refuse_stacked_padding
+from .capture import refuse_foreign, refuse_stacked_padding
 from .errors import InputError
 from .microbatch import Microbatch, nudged
 from .optimizers import InnerOptimizer
@@ -193,15 +193,15 @@ class Episode:
     ) -> tuple[Score, trees.Owned]:
         """The weighted outer loss at theta_t, and its gradient there; adds that of meta to ``into``."""
         params, meta = trees.leaves(trees.taken(params)), trees.cut(self.rollout.leaves.meta)
-        own = OwnLeaves() if self.rollout.inspect else None
         names = list(into)
+
+        def inspect(loss: Tensor, again: Callable[[], Tensor]) -> None:
+            refuse_foreign(loss, "outer loss", params, meta, again=again)
+            if self.stacked:
+                refuse_stacked_padding(loss, params, meta)
 
         def differentiate(loss: Tensor, metrics: Tensors) -> tuple[Tensor, Tensors]:
             loss = loss * weight
-            if own is not None:
-                refuse_captured(loss, "outer loss", params, meta, own.found)
-                if self.stacked:
-                    refuse_stacked_padding(loss, params, meta)
             if not loss.requires_grad:
                 raise InputError(
                     "the outer loss does not depend on any meta-parameter: compute it from the network it is given, "
@@ -217,7 +217,7 @@ class Episode:
                     loss.backward(ones(loss), inputs=inputs)
             return loss.detach(), metrics
 
-        score = self._pieced(t, differentiate, params, meta, buffers, own)
+        score = self._pieced(t, differentiate, params, meta, buffers, inspect if self.rollout.inspect else None)
         for name in names:
             grad = meta[name].grad
             into[name] = into[name] if grad is None else into[name].add_(grad)
@@ -231,17 +231,23 @@ class Episode:
         params: Tensors,
         meta: Tensors,
         buffers: Tensors,
-        own: OwnLeaves | None = None,
+        check: Callable[[Tensor, Callable[[], Tensor]], None] | None = None,
     ) -> Score:
-        """The outer loss in microbatches, ``each`` applied to one's weighted loss before the next is begun; the leaves
-        that it makes for itself are noted in ``own``."""
+        """The outer loss in microbatches, ``each`` applied to one's weighted loss before the next is begun; ``check``
+        gets it and a way to compute it again."""
         microbatch, loss, metrics = self.rollout.microbatch, None, {}
         n = microbatch.pieces(self.query)
         for piece in range(n):
             self.rollout.reseed(t, piece, *_OUTER)
             batch, weight = microbatch.piece(self.query, piece)
-            with own or contextlib.nullcontext():
-                value, extra = self._outer(params, meta, copied(buffers), batch)
+            value, extra = self._outer(params, meta, copied(buffers), batch)
+            if check is not None:
+
+                def again(piece: int = piece, batch: Any = batch) -> Tensor:
+                    self.rollout.reseed(t, piece, *_OUTER)
+                    return self._outer(params, meta, copied(buffers), batch)[0]
+
+                check(value, again)
             value, extra = each(value * weight if n > 1 else value, extra)
             share = microbatch.share(self.query, piece)  # metrics are means whatever the loss is
             loss = value if loss is None else loss + value

@@ -20,7 +20,7 @@ from torch.backends import mha
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from . import trees
-from .capture import OwnLeaves, refuse_captured, refuse_once_differentiable, refuse_stacked_padding
+from .capture import refuse_foreign, refuse_once_differentiable, refuse_stacked_padding
 from .errors import InputError, UnsupportedError
 from .microbatch import Microbatch, nudged
 from .optimizers import BoundRule
@@ -283,9 +283,7 @@ class Rollout:
         after = copied(buffers)
         self.reseed(t, piece)
         batch, weight = self.microbatch.piece(self.batches[t], piece)
-        own = OwnLeaves() if self.inspect else None
-        with own or contextlib.nullcontext():
-            value = self.loss(params, meta, after, batch)
+        value = self.loss(params, meta, after, batch)
         if weight != 1.0:
             value = value * weight
         if not value.requires_grad:
@@ -293,8 +291,13 @@ class Rollout:
         if self.inspect and self.microbatch.stacked:
             refuse_stacked_padding(value, params, meta)
         # Where every step has the same batch, every step's loss reads the same tensors.
-        if own is not None and piece == 0 and (t == 0 or self.batches[t] is not self.batches[t - 1]):
-            refuse_captured(value, "inner loss", params, meta, own.found)
+        if self.inspect and piece == 0 and (t == 0 or self.batches[t] is not self.batches[t - 1]):
+
+            def again() -> Tensor:
+                self.reseed(t, piece)
+                return self.loss(params, meta, copied(buffers), batch)
+
+            refuse_foreign(value, "inner loss", params, meta, again=again)
         if self.inspect and create_graph and piece == 0 and self._last_of_its_batch(t):
             refuse_once_differentiable(value, "inner loss", params, meta)
         return value, after

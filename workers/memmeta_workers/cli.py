@@ -22,6 +22,7 @@ COMMANDS = {
     "evaluate": "commands",
     "plot": "commands",
     "plan": "plan",
+    "bench": "bench_commands",
     "node": "node",
     "submit": "submit",
     "jobs": "job_commands",
@@ -42,6 +43,8 @@ Exact meta-gradients in bounded memory for PyTorch.
   memmeta plot RUN_DIR       draw its learning curves
   memmeta plan FILE.py --memory 8GiB
                              what fits a memory budget, and how fast; train --memory 8GiB goes by it
+  memmeta bench memory|speed|scaling
+                             what memmeta costs next to batched MAML and its peers, measured on this machine
 
 On a Ray cluster, through its dashboard (--address http://HEAD:8265):
   memmeta submit FILE.py [--follow] [options of train]

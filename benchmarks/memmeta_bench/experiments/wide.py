@@ -1,6 +1,6 @@
 """Many megabytes of weights and next to nothing to compute: moving bytes is most of an outer step.
 
-memmeta train benchmarks/experiments/wide.py --workers 2 --steps 20
+memmeta train benchmarks/memmeta_bench/experiments/wide.py --workers 2 --steps 20
 """
 
 from __future__ import annotations

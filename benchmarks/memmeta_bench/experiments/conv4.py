@@ -1,6 +1,6 @@
 """Few-shot letters with the network of Finn et al. (2017): the task whose computing outweighs all else.
 
-memmeta train benchmarks/experiments/conv4.py --workers 2
+memmeta train benchmarks/memmeta_bench/experiments/conv4.py --workers 2
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Sine waves in very short outer steps: for runs of many of them.
 
-memmeta train benchmarks/experiments/sinusoid.py --workers 2
+memmeta train benchmarks/memmeta_bench/experiments/sinusoid.py --workers 2
 """
 
 from __future__ import annotations
