@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from . import trees
-from .errors import InputError
+from .errors import InputError, UnsupportedError
 from .microbatch import Reduction
 from .padding import ExactPadding
 from .places import Places, checkpointed, copied
@@ -50,6 +50,7 @@ class Problem:
 
     Raises:
         InputError: a pattern that matches nothing, or only frozen parameters; nothing to adapt.
+        UnsupportedError: embeddings that change their weights in a forward, or give sparse gradients.
     """
 
     net: nn.Module
@@ -60,6 +61,9 @@ class Problem:
     reduction: Reduction = "mean"
 
     def __post_init__(self) -> None:
+        for name, module in self.net.named_modules():
+            if isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
+                _refuse_impure(name or type(module).__name__, module)
         self.draws()
         self._chosen()
 
@@ -282,6 +286,16 @@ def _drawn(name: str, param: nn.Parameter, draw: Draw) -> Tensor:
     if value.shape != param.shape:
         raise InputError(f"redraw= gave {name} the shape {list(value.shape)}: it must be {list(param.shape)}")
     return value.detach().to(param).clone()
+
+
+def _refuse_impure(name: str, module: nn.Embedding | nn.EmbeddingBag) -> None:
+    if module.max_norm is not None:
+        raise UnsupportedError(
+            f"{name} has max_norm={module.max_norm}, which rewrites its weights in every forward: no step could "
+            "be run again: set max_norm=None, and scale the rows in the network's forward"
+        )
+    if module.sparse:
+        raise UnsupportedError(f"{name} gives sparse gradients, which inner steps can't be made of: set sparse=False")
 
 
 def check_scalar(value: Any, what: str) -> Tensor:

@@ -323,3 +323,11 @@ def test_problems_can_be_copied() -> None:
     other = copy.deepcopy(problem)
     assert other.net is not problem.net
     assert list(other.adapted()) == list(problem.adapted())
+
+
+@pytest.mark.parametrize("options", [{"max_norm": 1.0}, {"sparse": True}], ids=["max_norm", "sparse"])
+@pytest.mark.parametrize("kind", [nn.Embedding, nn.EmbeddingBag])
+def test_embeddings_that_no_step_can_be_replayed_with(kind: Any, options: dict[str, Any]) -> None:
+    net = nn.Sequential(kind(10, 4, **options), nn.Linear(4, 2))
+    with pytest.raises(mm.UnsupportedError, match=f"^0 .*set {next(iter(options))}="):
+        mm.maml(net, loss=F.cross_entropy, optimizer=mm.SGD(0.1), steps=1)

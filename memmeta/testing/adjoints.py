@@ -115,6 +115,15 @@ def _settings(
                 terms = TERMS if _accepts_terms(adjoint, stacked) else frozenset()
                 yield f"{place}, chunk=3" + ", step weights" * bool(terms), Setting(stacked, parts, terms), "chunk"
     problem, case = next(iter(problems.items()))
+    optimizer, rule = next(iter(optimizers.items()))
+    place = f"{problem} with {optimizer}, microbatch=2"
+    if case.microbatch:
+        single, pieces = (case.rollout(rule, STEPS, (0,), size) for size in (None, 2))
+        terms = TERMS if _accepts_terms(adjoint, pieces) else frozenset()
+        yield f"{place}" + ", step weights" * bool(terms), Setting(pieces, [single], terms), "microbatch"
+    if case.microbatch and case.stacks:
+        parts = [case.rollout(rule, STEPS, (index,), None) for index in range(3)]
+        yield f"{place}, chunk=3", Setting(case.rollout(rule, STEPS, (0, 1, 2), 2), parts), "chunk"
     for steps in (0, 1, 7):  # nothing, nothing to recompute, and enough for a schedule of snapshots
         for optimizer, rule in optimizers.items():
             rollout = case.rollout(rule, steps, (0,), None)

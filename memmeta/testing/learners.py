@@ -55,6 +55,8 @@ class _Raised(Exception):
 class _Counter:
     """Losses that count their calls, and raise at one of them."""
 
+    __slots__ = ("bad", "calls")  # not among what names a loss's programs
+
     def __init__(self) -> None:
         self.calls, self.bad = 0, -1
 
