@@ -85,7 +85,9 @@ def _check_raising(learner: MetaLearner, case: Case, counter: _Counter, call: in
     except _Raised:
         pass
     else:
-        raise AssertionError(f"the loss's own error at its call {call + 1} did not pass through")
+        # Programs are compared with the loss now and then: a run may make fewer calls than the one that was counted.
+        require(counter.calls <= call, f"the loss's own error at its call {call + 1} did not pass through")
+        learner.zero_grad(set_to_none=True)
     finally:
         counter.bad = -1
     before.check(f"a loss that raised at its call {call + 1}")
