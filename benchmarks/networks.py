@@ -2,57 +2,10 @@
 
 from __future__ import annotations
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-
-class Block(nn.Module):
-    """Causal attention and a GELU MLP of four times the width, each after a layer norm; (n, length, width)."""
-
-    def __init__(self, width: int, heads: int) -> None:
-        super().__init__()
-        self.heads = heads
-        self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
-        self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
-        self.up, self.down = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
-
-    def forward(self, x: Tensor) -> Tensor:
-        n, length, width = x.shape
-        q, k, v = self.qkv(self.norm1(x)).view(n, length, 3, self.heads, width // self.heads).permute(2, 0, 3, 1, 4)
-        mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-        x = x + self.out(mixed.transpose(1, 2).reshape(n, length, width))
-        return x + self.down(F.gelu(self.up(self.norm2(x))))
-
-
-class GPT(nn.Module):
-    """A decoder-only transformer with learned positions and an untied head (Radford et al. 2019, without dropout);
-    tokens (n, length) to logits (n, length, vocabulary)."""
-
-    def __init__(self, layers: int, width: int, heads: int, length: int, vocabulary: int) -> None:
-        super().__init__()
-        self.tokens, self.positions = nn.Embedding(vocabulary, width), nn.Embedding(length, width)
-        self.blocks = nn.Sequential(*(Block(width, heads) for _ in range(layers)))
-        self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, vocabulary, bias=False)
-        self.apply(self._start)
-        with torch.no_grad():
-            for block in self.blocks:
-                assert isinstance(block, Block)
-                for last in (block.out, block.down):
-                    last.weight.mul_((2 * layers) ** -0.5)
-
-    @staticmethod
-    def _start(module: nn.Module) -> None:
-        if isinstance(module, (nn.Linear, nn.Embedding)):
-            # Embeddings as small as GPT-2's make the first layer norm so steep that plain SGD is chaotic: the
-            # meta-gradient of 100 steps then has no digit in common between float32 and float64.
-            nn.init.normal_(module.weight, std=0.2 if isinstance(module, nn.Embedding) else 0.02)
-        if isinstance(module, nn.Linear) and module.bias is not None:
-            nn.init.zeros_(module.bias)
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        places = torch.arange(tokens.shape[1], device=tokens.device)
-        return self.head(self.norm(self.blocks(self.tokens(tokens) + self.positions(places))))
+from memmeta_bench.problems.gpt import GPT as GPT
 
 
 class Residual(nn.Module):

@@ -129,11 +129,7 @@ class Programs:
             return None  # run eagerly: it says what is wrong with these inputs, if they are to blame
         entry.uses += 1
         if entry.uses == 1:
-            # Fused kernels round otherwise, and switch some rectifiers: derivatives jump there.
-            fused, wanted = self.execution == "compile", eager()
-            problem = disagreement(found, wanted, tolerance, slack=20 if fused else 3)
-            problem = problem or disagreement(found, wanted, 0.1 if fused else tolerance, groups, slack=3)
-            del wanted
+            problem = self._unlike(found, eager(), tolerance, groups)
             if problem and second is not None:
                 problem = second() and problem
             if problem:
@@ -149,6 +145,14 @@ class Programs:
                     "has changed since: pass what changes as a tensor in the batch, or use execution='eager'"
                 )
         return found
+
+    def _unlike(
+        self, found: Sequence[Tensor], wanted: Sequence[Tensor], tolerance: float | None, groups: Sequence[int]
+    ) -> str:
+        # Fused kernels round otherwise, and switch some rectifiers: derivatives jump there.
+        fused = self.execution == "compile"
+        problem = disagreement(found, wanted, tolerance, slack=20 if fused else 3)
+        return problem or disagreement(found, wanted, 0.1 if fused else tolerance, groups, slack=3)
 
     def unused(self, key: Hashable) -> bool:
         """Whether the next use of the program ``key`` would be its first."""

@@ -34,11 +34,11 @@ class Block(nn.Module):
 class GPT(nn.Module):
     """Learned positions and an untied head; tokens (n, length) to logits (n, length, vocabulary)."""
 
-    def __init__(self, layers: int, width: int, heads: int) -> None:
+    def __init__(self, layers: int, width: int, heads: int, length: int, vocabulary: int) -> None:
         super().__init__()
-        self.tokens, self.positions = nn.Embedding(_VOCABULARY, width), nn.Embedding(_LENGTH, width)
+        self.tokens, self.positions = nn.Embedding(vocabulary, width), nn.Embedding(length, width)
         self.blocks = nn.Sequential(*(Block(width, heads) for _ in range(layers)))
-        self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, _VOCABULARY, bias=False)
+        self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, vocabulary, bias=False)
         self.apply(self._start)
         with torch.no_grad():
             for name, weight in self.named_parameters():
@@ -71,7 +71,7 @@ def workload(
     heads = max(1, width // _HEAD)
     if width % heads:
         raise InputError(f"width={width} is not divisible by {heads} heads: write a multiple of {_HEAD}")
-    net = GPT(depth, width, heads)
+    net = GPT(depth, width, heads, _LENGTH, _VOCABULARY)
 
     def sequences(count: int) -> Pair:
         tokens = torch.randint(_VOCABULARY, (count, _LENGTH + 1))
