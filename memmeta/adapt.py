@@ -105,7 +105,7 @@ def adapt(
         microbatch=Microbatch(microbatch, reduction),
         inspect=True,
         autocast=Autocast.current(device),
-        programs=programs_for(execution),
+        programs=programs_for(execution, _code(loss)),
         baked=_baked(loss, meta),
     )
     if microbatch is not None:
@@ -123,10 +123,19 @@ def _baked(loss: MetaLoss, meta: Any) -> Hashable:
         return object()  # like no other: a program of it is used by this call alone
 
 
-@functools.cache
-def programs_for(execution: Execution) -> Programs:
-    """The programs of all calls of ``adapt`` with one execution."""
+@functools.lru_cache(maxsize=16)
+def programs_for(execution: Execution, code: Hashable) -> Programs:
+    """The programs of all calls of ``adapt`` with one execution and a loss of this code: many losses in a process, each
+    used a few times, are not one loss that is traced again and again."""
+    del code
     return Programs(execution)
+
+
+def _code(loss: MetaLoss) -> Hashable:
+    """The same for each function that is made by the same lines."""
+    while isinstance(loss, functools.partial):
+        loss = loss.func
+    return getattr(loss, "__code__", type(loss))
 
 
 def attach(solution: Solution, leaves: Leaves) -> Tensors:

@@ -222,6 +222,31 @@ def test_programs_that_are_never_used_twice_are_spoken_of() -> None:
     assert len([m for m in messages if "seldom used twice" in m]) == 1
 
 
+POWERS = [
+    eval(f"lambda params, meta, batch: (params['w'] * batch).cos().sum() + params['w'].sin().sum() / {n}")
+    for n in range(1, 41)
+]
+
+
+def adapted_by(losses: list[Callable[..., Tensor]]) -> list[str]:
+    """What is said while each of these losses is used once."""
+    with said() as messages:
+        for loss in losses:
+            params = {"w": torch.linspace(0.1, 1.0, 3, dtype=torch.float64).requires_grad_()}
+            after = mm.adapt(loss, params, [1.0] * 2, optimizer=mm.SGD(lr=0.1), adjoint=FORWARD)
+            after.params["w"].sum().backward()
+    return [m for m in messages if "seldom used twice" in m]
+
+
+def test_many_losses_of_one_process_are_not_one_that_is_traced_again_and_again() -> None:
+    assert adapted_by(POWERS) == []
+
+    def made(number: float) -> Callable[..., Tensor]:
+        return lambda params, meta, batch: (params["w"] * batch).cos().sum() * number
+
+    assert len(adapted_by([made(0.1 * n) for n in range(40)])) == 1
+
+
 STOPPING: dict[str, Callable[[Any, Tensor], Tensor]] = {
     "gumbel_softmax": lambda _, h: h * F.gumbel_softmax(h, hard=True),
     "detach_": lambda _, h: h * (h * 1.0).detach_(),
