@@ -25,12 +25,12 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from problems import Workload, conv4_wide, gpt, mlp
-from speed import environment
 from torch import Tensor
 from torch.func import functional_call
 
 import memmeta as mm
 from memmeta.trees import Tensors
+from memmeta_bench.record import environment
 
 Curves = dict[str, dict[int, int]]
 

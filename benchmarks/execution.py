@@ -27,12 +27,12 @@ from typing import Any
 
 import torch
 from long import doubled
-from methods import learn2learn_per_task
 from problems import Workload, conv4_wide, gpt, plain_training, sinusoid_mlp
-from speed import environment
 
 import memmeta as mm
 from memmeta.programs import Execution
+from memmeta_bench.peers import find
+from memmeta_bench.record import environment
 
 Call = Callable[[], object]
 PROBLEMS: dict[str, Callable[[], Workload]] = {"GPT": gpt, "Conv4": conv4_wide, "sinusoid MLP": sinusoid_mlp}
@@ -64,7 +64,7 @@ def large(work: Workload) -> dict[str, Call]:
 def small(work: Workload) -> dict[str, Call]:
     """The methods for many tasks of a small network, stacked."""
     chunk = len(work.tasks)
-    found: dict[str, Call] = {LEARN2LEARN: lambda: learn2learn_per_task(work)}
+    found: dict[str, Call] = {LEARN2LEARN: find("learn2learn-per-task").call(work)}
     adjoints: dict[str, mm.Adjoint] = {UNROLLED: mm.Unrolled(), "Stepwise": mm.Stepwise()}
     executions: tuple[Execution, ...] = ("eager", "trace", "compile")
     for name, adjoint in adjoints.items():

@@ -34,8 +34,8 @@ from pathlib import Path
 from typing import Any
 
 from soak import actors, descendants
-from speed import environment
 
+from memmeta_bench.record import environment
 from memmeta_workers.checkpoints import META, OPTIMIZER
 from memmeta_workers.runs import VOLATILE
 

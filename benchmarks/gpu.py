@@ -27,12 +27,12 @@ from typing import Any
 import torch
 from floor import plain_step
 from problems import Workload, gpt
-from speed import environment
 from torch import Tensor
 
 import memmeta as mm
 from memmeta.programs import Execution
 from memmeta.trees import map_tensors
+from memmeta_bench.record import environment
 
 GIB = 2**30
 Settings = tuple[mm.Adjoint, Execution]

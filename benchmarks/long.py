@@ -24,12 +24,12 @@ from typing import Any
 import torch
 from floor import plain_step
 from problems import Workload, resnet18
-from speed import environment
 from torch import Tensor
 
 import memmeta as mm
 from memmeta.schedules import Policy, recomputed
 from memmeta.trees import map_tensors
+from memmeta_bench.record import environment
 
 MIB = 2**20
 CHECKED = 4

@@ -1,4 +1,4 @@
-"""The networks that are measured, in plain torch: a decoder-only transformer, ResNet-18, Conv4."""
+"""The networks that are measured, in plain torch: a decoder-only transformer, ResNet-18, an MLP."""
 
 from __future__ import annotations
 
@@ -39,14 +39,6 @@ def resnet(classes: int) -> nn.Module:
         if isinstance(module, nn.Conv2d):
             nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
     return net
-
-
-def conv_net(filters: int, classes: int) -> nn.Module:
-    """Conv4 of Vinyals et al. (2016): four times convolution, batch norm, ReLU, pooling; (n, 1, 28, 28)."""
-    layers: list[nn.Module] = []
-    for channels in (1, filters, filters, filters):
-        layers += [nn.Conv2d(channels, filters, 3, padding=1), nn.BatchNorm2d(filters), nn.ReLU(), nn.MaxPool2d(2)]
-    return nn.Sequential(*layers, nn.Flatten(), nn.Linear(filters, classes))
 
 
 def mlp_net(inputs: int, width: int, layers: int, outputs: int) -> nn.Module:

@@ -19,11 +19,11 @@ from typing import Any
 
 import torch
 from problems import Workload, conv4, conv4_wide, gpt, mlp, resnet18, sinusoid_mlp
-from speed import environment
 
 import memmeta as mm
 from memmeta.candidates import described, without_snapshots
 from memmeta.errors import FallbackWarning
+from memmeta_bench.record import environment
 
 MIB = 2**20
 PROBLEMS: dict[str, Callable[[], Workload]] = {

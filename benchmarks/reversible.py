@@ -24,11 +24,11 @@ import torch
 import torch.nn.functional as F
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from speed import environment
 from torch import Tensor
 
 import memmeta as mm
 from memmeta.trees import Tensors
+from memmeta_bench.record import environment
 
 MOMENTA = (0.5, 0.8, 0.9, 0.95, 0.98, 0.99)
 COLOURS = ("#D55E00", "#E69F00", "#009E73", "#56B4E9", "#0072B2", "#CC79A7")

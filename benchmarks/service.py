@@ -35,8 +35,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from speed import environment
 
+from memmeta_bench.record import environment
 from memmeta_bench.service_steps import Reduce, Step, build, crew, recipe, step_of
 from memmeta_workers import Experiment
 from memmeta_workers.cluster import connected

@@ -28,8 +28,8 @@ from typing import Any
 import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from speed import environment
 
+from memmeta_bench.record import environment
 from memmeta_bench.service_steps import build, recipe
 from memmeta_workers.cluster import connected
 from memmeta_workers.policies import Crew

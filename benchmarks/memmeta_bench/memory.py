@@ -9,7 +9,6 @@ from dataclasses import dataclass, replace
 from memmeta.errors import InputError
 
 from .peers import find
-from .peers import methods as all_methods
 from .points import Point
 from .problems import names, sizes_of
 
@@ -36,18 +35,29 @@ METHODS = (
     *("memmeta-unrolled", "memmeta-stepwise", "memmeta-stepwise-sqrt", "memmeta-stepwise-forward"),
     *("floor-query-gradient", "floor-training-step"),
 )
+# On the axes that say less of a method than of the problem: support examples, width, depth.
+_FEW = (
+    *("learn2learn-batched", "learn2learn-per-task", "memmeta-unrolled", "memmeta-stepwise"),
+    *("memmeta-stepwise-forward", "floor-query-gradient", "floor-training-step"),
+)
+_WITH_ALL = ("tasks", "steps")
 _TASKS, _STEPS = (1, 2, 4, 8, 16, 32, 64, 128, 256), (1, 2, 5, 10, 20, 50, 100)
 
 
-def _full(base: Mapping[str, int], shots: Sequence[int], width: Sequence[int], depth: Sequence[int]) -> Plan:
-    sweep = {"tasks": _TASKS, "steps": _STEPS, "shots": tuple(shots), "width": tuple(width), "depth": tuple(depth)}
-    return Plan(base, sweep)
+def _full(
+    base: Mapping[str, int], shots: Sequence[int], width: Sequence[int], depth: Sequence[int], most: int = 256
+) -> Plan:
+    tasks = tuple(count for count in _TASKS if count <= most)
+    return Plan(
+        base, {"tasks": tasks, "steps": _STEPS, "shots": tuple(shots), "width": tuple(width), "depth": tuple(depth)}
+    )
 
 
 FULL: Mapping[str, Plan] = {
     "sinusoid_mlp": _full({"tasks": 4}, (5, 10, 20, 50, 100), (20, 40, 80, 160), (1, 2, 4, 8)),
     "conv4": _full({"tasks": 4}, (1, 2, 5, 10, 20), (16, 32, 64, 128), (1, 2, 3, 4)),
-    "resnet12": _full({"tasks": 1, "steps": 2}, (1, 2, 5, 10), (8, 16, 32, 64), (1, 2, 3, 4)),
+    # Seconds for each task: the curves over tasks end where the point is made.
+    "resnet12": _full({"tasks": 1, "steps": 2}, (1, 2, 5, 10), (8, 16, 32, 64), (1, 2, 3, 4), most=32),
     "gpt": _full({"tasks": 1, "steps": 5}, (1, 2, 4, 8, 16), (32, 64, 128, 256), (1, 2, 4, 8)),
 }
 
@@ -89,7 +99,7 @@ def points(
     Args:
         quick: few places, and a narrow network (``QUICK``); without ``problems``, Conv4 alone.
         problems: their names; all if not given.
-        methods: their names; those that memory is a question for, if not given or all are.
+        methods: their names; those that memory is a question for, if not given.
         cap: bytes at which a method is stopped.
         threads: numbers of CPU threads; one if not given.
         device: "cpu" or "cuda".
@@ -97,20 +107,17 @@ def points(
     Raises:
         InputError: an unknown problem or method, or one that can't be counted (compiled programs on the CPU).
     """
-    named = methods is not None and set(methods) != set(all_methods())
-    chosen = _countable(methods or (), device) if named else (QUICK_METHODS if quick else METHODS)
-    every = problems is None or set(problems) == set(names())
-    given = (_QUICK_PROBLEMS if quick else names()) if every else problems or ()
+    chosen = _countable(methods or (), device) or (QUICK_METHODS if quick else METHODS)
     found: list[Point] = []
     for count in threads or (1,):
-        for problem in given:
+        for problem in problems or (_QUICK_PROBLEMS if quick else names()):
             defaults = sizes_of(problem)
             plan = (QUICK if quick else FULL)[problem]
             start = Point("memory", "", problem, {**defaults, **plan.base}, "", count, device, cap)
             start = replace(start, timeout=300.0 if quick else 1200.0)
             for axis, places in plan.sweep.items():
-                few = quick and not named and axis not in _QUICK_SWEEP
-                for method in _QUICK_FEW if few else chosen:
+                few = methods is None and axis not in _WITH_ALL
+                for method in (_QUICK_FEW if quick else _FEW) if few else chosen:
                     found += [_at(replace(start, axis=axis, method=method), place) for place in places]
     return found
 

@@ -29,8 +29,8 @@ class Options:
         json: the file of rows, written after each of them.
         plot: the picture, as PNG and SVG.
         cap: bytes at which a method is stopped, such as "4GiB".
-        problems: names with commas; all if None.
-        methods: names with commas; all if None.
+        problems: names with commas; the benchmark's own if None.
+        methods: names with commas; the benchmark's own if None.
         threads: numbers with commas; the benchmark's own if None.
         device: "auto", "cpu" or "cuda".
         workers: scaling: numbers of workers with commas; powers of two up to the cores if None.
@@ -103,11 +103,11 @@ class Options:
         found = {"cap": self.bytes(), "quick": self.quick}
         return {**found, **({"cluster": self.cluster()} if self.cluster() else {})}
 
-    def chosen(self, option: str, known: Sequence[str]) -> tuple[str, ...]:
-        """The names given for ``--problems`` or ``--methods``, or all."""
+    def chosen(self, option: str, known: Sequence[str]) -> tuple[str, ...] | None:
+        """The names given for ``--problems`` or ``--methods``, None if there are none."""
         given: str | None = getattr(self, option)
         if given is None:
-            return tuple(known)
+            return None
         names = _names(given)
         if not names:
             raise InputError(f"--{option} is empty: write one of {', '.join(known)}")

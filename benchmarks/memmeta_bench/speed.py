@@ -11,7 +11,6 @@ from dataclasses import dataclass, replace
 
 from . import machine
 from .peers import find
-from .peers import methods as all_methods
 from .points import Point
 from .problems import names, sizes_of
 
@@ -31,7 +30,7 @@ QUICK_METHODS = (
     *("memmeta-stepwise", "floor-training"),
 )
 QUICK_SMALL_METHODS = (*QUICK_METHODS, "memmeta-stepwise-stacked", "memmeta-stepwise-stacked-compiled")
-CHUNKED = ("memmeta-unrolled", "memmeta-stepwise", "memmeta-stepwise-compiled")
+CHUNKED = ("memmeta-unrolled", "memmeta-stepwise")
 
 
 @dataclass(frozen=True)
@@ -42,17 +41,19 @@ class Plan:
         sizes: of the problem, where they are not its defaults.
         steps: numbers of inner steps T.
         methods: where none are named.
-        chunks: tasks stacked at a time, for the sweep over chunks.
+        chunks: tasks stacked at a time, for the sweep over chunks, on the first number of threads.
+        compiled: whether that sweep has compiled programs too.
     """
 
     sizes: Mapping[str, int]
     steps: tuple[int, ...]
     methods: tuple[str, ...]
     chunks: tuple[int, ...] = ()
+    compiled: bool = False
 
 
 FULL: Mapping[str, Plan] = {
-    "sinusoid_mlp": Plan({"tasks": 32}, (5,), SMALL_METHODS, (1, 2, 4, 8, 16, 32)),
+    "sinusoid_mlp": Plan({"tasks": 32}, (5,), SMALL_METHODS, (1, 4, 16, 32), compiled=True),
     "conv4": Plan({"tasks": 4}, (1, 5), METHODS, (1, 2, 4)),
     "resnet12": Plan({"tasks": 1}, (2,), METHODS),
     "gpt": Plan({"tasks": 1}, (5,), METHODS),
@@ -64,7 +65,7 @@ QUICK: Mapping[str, Plan] = {
     "gpt": Plan({"tasks": 1, "width": 64, "depth": 2}, (5,), QUICK_METHODS),
 }
 _QUICK_PROBLEMS = ("sinusoid_mlp", "conv4")
-_ROUNDS, _QUICK_ROUNDS = 5, 1
+_ROUNDS, _QUICK_ROUNDS = 3, 1
 
 
 def points(
@@ -82,50 +83,47 @@ def points(
     Args:
         quick: one round of smaller problems on one thread (``QUICK``); without ``problems``, the MLP and Conv4 alone.
         problems: their names; all if not given.
-        methods: their names; those of the problem's plan, if not given or all are.
+        methods: their names; those of the problem's plan, if not given.
         cap: bytes at which a method's process is stopped (with slack: nothing is counted while it is timed).
         threads: numbers of CPU threads; one, and all cores, if not given.
         device: "cpu" or "cuda".
-        rounds: 5, or 1 with ``quick``, if not given.
+        rounds: 3, or 1 with ``quick``, if not given.
 
     Raises:
         InputError: an unknown problem or method.
     """
-    named = tuple(methods) if methods is not None and set(methods) != set(all_methods()) else None
-    for name in named or ():
+    for name in methods or ():
         find(name)
-    every = problems is None or set(problems) == set(names())
-    given = (_QUICK_PROBLEMS if quick else names()) if every else problems or ()
     counts = tuple(threads or ((1,) if quick else dict.fromkeys((1, machine.cores()))))
-    timeout, seconds = (300.0, 0.3) if quick else (1200.0, 2.0)
+    timeout, seconds = (300.0, 0.3) if quick else (1200.0, 1.0)
     found: list[Point] = []
-    for problem in given:
+    for problem in problems or (_QUICK_PROBLEMS if quick else names()):
         defaults = sizes_of(problem)
         plan = (QUICK if quick else FULL)[problem]
         for count in counts:
             start = Point("speed", "", problem, {**defaults, **plan.sizes}, "", count, device, cap)
             start = replace(start, timeout=timeout, seconds=seconds)
-            turn = [*_compared(start, plan, named), *_chunked(start, plan, named)]
+            turn = _compared(start, plan, methods) + (_chunked(start, plan, methods) if count == counts[0] else [])
             many = rounds or (_QUICK_ROUNDS if quick else _ROUNDS)
             found += [replace(point, round=number) for number in range(many) for point in turn]
     return found
 
 
-def _compared(start: Point, plan: Plan, named: tuple[str, ...] | None) -> list[Point]:
+def _compared(start: Point, plan: Plan, methods: Sequence[str] | None) -> list[Point]:
     """All methods at each number of steps, side by side."""
     return [
         replace(start, axis="steps", method=method, sizes={**start.sizes, "steps": steps})
         for steps in plan.steps
-        for method in (plan.methods if named is None else named)
+        for method in (methods or plan.methods)
     ]
 
 
-def _chunked(start: Point, plan: Plan, named: tuple[str, ...] | None) -> list[Point]:
+def _chunked(start: Point, plan: Plan, methods: Sequence[str] | None) -> list[Point]:
     """memmeta with tasks stacked, at the largest number of steps."""
     sizes = {**start.sizes, "steps": plan.steps[-1]}
     return [
         replace(start, axis="chunk", method=method, sizes=sizes, options={"chunk": chunk})
-        for method in CHUNKED
-        if named is None or method in named
+        for method in (*CHUNKED, *(["memmeta-stepwise-compiled"] if plan.compiled else []))
+        if methods is None or method in methods
         for chunk in plan.chunks
     ]

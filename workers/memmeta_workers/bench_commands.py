@@ -68,8 +68,13 @@ def _parser(kind: str) -> Parser:
         _add_cluster(parser)
         return parser
     parser.add("cap", str, "bytes at which a method is stopped", default="4GiB", metavar="BYTES")
-    parser.add("problems", str | None, "names with commas, such as conv4,gpt; all if not given", metavar="NAMES")
-    parser.add("methods", str | None, "names with commas; all if not given", metavar="NAMES")
+    parser.add(
+        "problems",
+        str | None,
+        "names with commas, such as conv4,gpt; the benchmark's own if not given",
+        metavar="NAMES",
+    )
+    parser.add("methods", str | None, "names with commas; the benchmark's own if not given", metavar="NAMES")
     text = "CPU threads of a process, numbers with commas; the benchmark's own if not given"
     parser.add("threads", str | None, text, metavar="N")
     parser.add("device", Literal["auto", "cpu", "cuda"], "where to compute", default="auto")
