@@ -28,8 +28,10 @@ for _kernel, _own in _OWN.items():
     torch.library.register_fake(_own._schema.name, _kernel)
 
 
-def compiled(module: GraphModule, inputs: Sequence[Tensor]) -> Callable[..., Sequence[Tensor]]:
+def compiled(module: GraphModule, inputs: Sequence[Tensor], short: bool = False) -> Callable[..., Sequence[Tensor]]:
     """``module``, which is left as it is, compiled for inputs of these shapes, strides, types and devices.
+
+    What calls the kernels, a tenth of the time of a program of milliseconds (``short``) in Python, is C++ there.
 
     Cost: seconds to minutes; less where Inductor's cache on disk has the same program.
 
@@ -45,6 +47,7 @@ def compiled(module: GraphModule, inputs: Sequence[Tensor]) -> Callable[..., Seq
         options["triton.cudagraphs"] = True  # all shapes are static
     else:
         module = with_kernels(module)
+        options["cpp_wrapper"] = short
     # Inductor's cache of whole programs is passed by where there is no shape environment.
     fake = FakeTensorMode(allow_non_fake_inputs=True, shape_env=ShapeEnv(), static_shapes=True)
     with tracing(TracingContext(fake)):

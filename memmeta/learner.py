@@ -107,9 +107,7 @@ class MetaLearner(nn.Module):
     def meta_parameters(self) -> dict[str, nn.Parameter]:
         """The parameters that receive meta-gradients, by name in ``named_parameters()``; tied ones once."""
         redrawn = self.problem.draws()
-        chosen = {id(p) for name, p in self.problem.trainable().items() if name not in redrawn}
-        chosen |= {id(p) for p in self.hyper.values() if p.requires_grad}
-        return {name: p for name, p in self.named_parameters() if id(p) in chosen}
+        return self._named_among([p for name, p in self.problem.trainable().items() if name not in redrawn])
 
     def accumulate(
         self,
@@ -169,7 +167,7 @@ class MetaLearner(nn.Module):
         if on_nonfinite not in ("raise", "skip"):
             raise InputError(f"on_nonfinite={on_nonfinite!r}: write 'raise' or 'skip'")
         options = Options(self.problem.bind(), chunk, microbatch, seed)
-        params = self.meta_parameters()
+        params = self._named_among(options.problem.learned())
         sums, scores, skipped = dict[str, Tensor](), [], []
         with memory.peak(self._device(), count_bytes) as peak:
             for group in self._chunks(tasks, options):
@@ -271,6 +269,11 @@ class MetaLearner(nn.Module):
         seeds = [placed.seed for placed in group]
         problem, programs = options.problem, self.programs
         return Episode(problem, self.optimizer, steps, tasks, seeds, options.microbatch, inspect, programs)
+
+    def _named_among(self, learned: Iterable[Tensor]) -> dict[str, nn.Parameter]:
+        """These parameters of the network, and the hyperparameters that are learned, by name in the learner."""
+        chosen = {id(p) for p in (*learned, *self.hyper.values()) if p.requires_grad}
+        return {name: p for name, p in self.named_parameters() if id(p) in chosen}
 
     def _named(self, grads: Leaves) -> Tensors:
         """Gradients by name of meta-parameter."""

@@ -53,19 +53,22 @@ class Part(NamedTuple):
 
 
 def placed_tasks(tasks: Iterable[AnyTask], seed: int | None) -> Iterator[Placed]:
-    """The tasks of a meta-batch with their seeds: of the address, else of ``seed`` and the position, else drawn.
+    """The tasks of a meta-batch with their seeds: of the address, else of the position and ``seed``, or a seed that is
+    drawn once.
 
     Raises:
         InputError: something that is no task.
     """
     if isinstance(tasks, Task) or not isinstance(tasks, Iterable):
         raise InputError(f"tasks must be a sequence of tasks, got one {type(tasks).__name__}: write [task]")
+    base = seed
     for index, given in enumerate(tasks):
         task = _as_task(given)
         if task.address is not None:
             chosen = mixed(0 if seed is None else seed, *task.address)
         else:
-            chosen = drawn_seed() if seed is None else mixed(seed, index)
+            base = drawn_seed() if base is None else base
+            chosen = mixed(base, index)
         yield Placed(task, index, chosen)
 
 

@@ -65,13 +65,15 @@ class Problem:
             if isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
                 _refuse_impure(name or type(module).__name__, module)
         self.draws()
-        self._chosen()
+        self._chosen(self.trainable())
 
     def adapted(self) -> dict[str, nn.Parameter]:
         """The parameters that the inner loop changes, by canonical name (tied ones once)."""
-        trainable = self.trainable()
+        return self._adapted(self.trainable())
+
+    def _adapted(self, trainable: dict[str, nn.Parameter]) -> dict[str, nn.Parameter]:
         if self.adapt == "all":
-            return trainable
+            return dict(trainable)
         chosen = self._selected(self.adapt, "adapt=") | self.draws().keys()
         return {name: p for name, p in trainable.items() if name in chosen}
 
@@ -81,8 +83,9 @@ class Problem:
         Raises:
             InputError: nothing of what is adapted requires grad any more.
         """
-        adapted = self._chosen()
-        meta = {name: p for name, p in self.trainable().items() if name not in adapted}
+        trainable = self.trainable()
+        adapted = self._chosen(trainable)
+        meta = {name: p for name, p in trainable.items() if name not in adapted}
         net = self.net
         return BoundProblem(
             self,
@@ -103,8 +106,8 @@ class Problem:
         """The parameters that start anew in each task, each with its function."""
         return {name: draw for pattern, draw in self.redraw.items() for name in self._selected(pattern, "redraw=")}
 
-    def _chosen(self) -> dict[str, nn.Parameter]:
-        adapted = self.adapted()
+    def _chosen(self, trainable: dict[str, nn.Parameter]) -> dict[str, nn.Parameter]:
+        adapted = self._adapted(trainable)
         if not adapted:
             raise InputError("there is nothing to adapt: adapt= selects no parameter that requires grad")
         return adapted
@@ -156,6 +159,10 @@ class BoundProblem:
         seen = {*known, *(id(module) for module in problem.net.modules())}
         functions = tuple(tuple(read(f, seen)) for f in (problem.inner_loss, problem.outer_loss))
         return fingerprint(problem.net, known), functions
+
+    def learned(self) -> list[nn.Parameter]:
+        """The parameters that receive meta-gradients."""
+        return [*(p for name, p in self.adapted.items() if name not in self.draws), *self.meta.values()]
 
     def start(self) -> Tensors:
         """The initial values of what is adapted: meta-learned parameters, or fresh draws (without a gradient)."""

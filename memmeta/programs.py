@@ -26,7 +26,7 @@ Build = Callable[[], flat.Flat]
 Run = Callable[[], Sequence[Tensor]]
 
 EXECUTIONS = ("eager", "trace", "compile")
-_RECHECK = 8, 64  # the 8th use, and every 64th, is compared with eager again
+_RECHECK = 8, 256  # the 8th use, and every 256th, is compared with eager again
 _MANY = 32  # programs, after which it counts how often they were used
 
 
@@ -78,6 +78,7 @@ class Programs:
         second: Callable[[], str] | None = None,
         option: str | None = None,
         instead: str = "it is run eagerly",
+        short: bool = False,
     ) -> list[Tensor] | None:
         """The outputs of the program ``key`` on ``inputs``, or None where there is no program: run it eagerly.
 
@@ -93,6 +94,7 @@ class Programs:
             second: another comparison, which decides at the first use where the outputs differ; empty if it finds none.
             option: what asked for the program, for a message that there is none.
             instead: what is done then.
+            short: it runs for milliseconds: what calls its kernels counts, and is compiled to C++ too.
 
         Raises:
             ReplayError: at a later use the program no longer agrees: Python state that it was traced with has changed.
@@ -110,7 +112,7 @@ class Programs:
                     f"{option}: programs are made again and again and seldom used twice, as shapes or Python values "
                     "that the loss reads change: make such values tensors, or use execution='eager'"
                 )
-            entry = self._kept[key] = self._made(build, inputs, refuse)
+            entry = self._kept[key] = self._made(build, inputs, refuse, short)
             if len(self._kept) > self.capacity:
                 self._kept.popitem(last=False)
         else:
@@ -164,13 +166,13 @@ class Programs:
         program = self._kept[key].program
         return None if program is None else program.note
 
-    def _made(self, build: Build, inputs: Sequence[Tensor], refuse: Callable[[str], None]) -> _Entry:
+    def _made(self, build: Build, inputs: Sequence[Tensor], refuse: Callable[[str], None], short: bool) -> _Entry:
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", DeprecationWarning)  # torch's own, on the first use of its tracers
                 program = build().settle()
             if self.execution == "compile":
-                self._compile(program, inputs)
+                self._compile(program, inputs, short)
         except InputError:
             raise
         except Exception as error:
@@ -179,12 +181,12 @@ class Programs:
             return _Entry(None)
         return _Entry(program)
 
-    def _compile(self, program: flat.Flat, inputs: Sequence[Tensor]) -> None:
+    def _compile(self, program: flat.Flat, inputs: Sequence[Tensor], short: bool) -> None:
         from .inductor import compiled  # torch's compiler takes long to import
 
         try:
             with flat.uncast(inputs):
-                program.runs(compiled(program.module, [*inputs, *program.captured]))
+                program.runs(compiled(program.module, [*inputs, *program.captured], short))
         except Exception as error:
             first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             self.say(f"execution='compile': Inductor can't compile a program ({first[:160]}); it is run as traced")

@@ -26,12 +26,10 @@ def stack(items: Sequence[Any], what: str) -> Any:
         InputError: structures, shapes, dtypes or constants differ.
     """
     first, rebuild = trees.flatten(items[0])
-    rows: list[list[Tensor]] = [[] for _ in items]
-    alike = [_alike(items[0], item, row) for item, row in zip(items, rows, strict=True)]
+    columns: list[Sequence[Tensor]] = []
     try:
-        if all(alike):
-            columns = zip(*rows, strict=True)
-            return rebuild({name: torch.stack(column) for name, column in zip(first, columns, strict=True)})
+        if _alike(items, columns):
+            return rebuild({name: torch.stack(tuple(column)) for name, column in zip(first, columns, strict=True)})
     except RuntimeError as error:
         if "equal size" not in str(error):
             raise
@@ -47,18 +45,26 @@ def stack(items: Sequence[Any], what: str) -> Any:
     )
 
 
-def _alike(a: Any, b: Any, into: list[Tensor]) -> bool:
-    """Whether two trees differ in the values and shapes of their tensors alone; those of ``b`` go into a list."""
-    if isinstance(a, Tensor):
-        into.append(b)
-        return isinstance(b, Tensor) and a.dtype == b.dtype
-    if type(a) is not type(b):
+def _alike(items: Sequence[Any], columns: list[Sequence[Tensor]]) -> bool:
+    """Whether trees differ in the values and shapes of their tensors alone; these go into ``columns``."""
+    first = items[0]
+    if isinstance(first, Tensor):
+        columns.append(items)
+        dtype = first.dtype
+        return all([isinstance(item, Tensor) and item.dtype == dtype for item in items])  # noqa: C419
+    kind = type(first)
+    if any([type(item) is not kind for item in items]):  # noqa: C419
         return False
-    if isinstance(a, (tuple, list)):
-        return len(a) == len(b) and all([_alike(x, y, into) for x, y in zip(a, b, strict=True)])  # noqa: C419
-    if isinstance(a, Mapping):
-        return list(a) == list(b) and all([_alike(a[key], b[key], into) for key in a])  # noqa: C419
-    return a is b or np.array_equal(a, b)
+    if isinstance(first, (tuple, list)):
+        return {len(item) for item in items} == {len(first)} and all(
+            _alike(column, columns) for column in zip(*items, strict=True)
+        )
+    if isinstance(first, Mapping):
+        keys = list(first)
+        return all(list(item) == keys for item in items) and all(
+            _alike([item[key] for item in items], columns) for key in keys
+        )
+    return all(item is first or np.array_equal(first, item) for item in items)
 
 
 def repeat(params: Tensors, count: int) -> Tensors:

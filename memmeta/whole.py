@@ -68,7 +68,7 @@ def run(
         program.note = tuple(names)
         return program
 
-    found = programs.run(key, build, inputs, _flattened(eager), again=_flattened(eager), groups=groups)
+    found = programs.run(key, build, inputs, _flattened(eager), again=_flattened(eager), groups=groups, short=True)
     if found is None:
         return None
     left = iter(found)
