@@ -45,20 +45,30 @@ _TASKS, _STEPS = (1, 2, 4, 8, 16, 32, 64, 128, 256), (1, 2, 5, 10, 20, 50, 100)
 
 
 def _full(
-    base: Mapping[str, int], shots: Sequence[int], width: Sequence[int], depth: Sequence[int], most: int = 256
+    base: Mapping[str, int],
+    shots: Sequence[int],
+    width: Sequence[int],
+    depth: Sequence[int],
+    tasks: int = 256,
+    steps: int = 100,
 ) -> Plan:
-    tasks = tuple(count for count in _TASKS if count <= most)
-    return Plan(
-        base, {"tasks": tasks, "steps": _STEPS, "shots": tuple(shots), "width": tuple(width), "depth": tuple(depth)}
-    )
+    """All axes; tasks and steps up to the most that are given."""
+    sweep = {
+        "tasks": tuple(count for count in _TASKS if count <= tasks),
+        "steps": tuple(count for count in _STEPS if count <= steps),
+        "shots": tuple(shots),
+        "width": tuple(width),
+        "depth": tuple(depth),
+    }
+    return Plan(base, sweep)
 
 
 FULL: Mapping[str, Plan] = {
     "sinusoid_mlp": _full({"tasks": 4}, (5, 10, 20, 50, 100), (20, 40, 80, 160), (1, 2, 4, 8)),
     "conv4": _full({"tasks": 4}, (1, 2, 5, 10, 20), (16, 32, 64, 128), (1, 2, 3, 4)),
-    # Seconds for each task: the curves over tasks end where the point is made.
-    "resnet12": _full({"tasks": 1, "steps": 2}, (1, 2, 5, 10), (8, 16, 32, 64), (1, 2, 3, 4), most=32),
-    "gpt": _full({"tasks": 1, "steps": 5}, (1, 2, 4, 8, 16), (32, 64, 128, 256), (1, 2, 4, 8)),
+    # Seconds for each step of a task: their curves are shorter.
+    "resnet12": _full({"tasks": 1, "steps": 2}, (1, 2, 5, 10), (8, 16, 32, 64), (1, 2, 3, 4), tasks=8, steps=20),
+    "gpt": _full({"tasks": 1, "steps": 5}, (1, 2, 4, 8, 16), (32, 64, 128, 256), (1, 2, 4, 8), tasks=32),
 }
 
 # Small enough for a minute: narrow networks, few places, and few methods on the axes that say less.

@@ -15,14 +15,13 @@ from .points import Point
 from .problems import names, sizes_of
 
 METHODS = (
-    *("learn2learn-batched", "learn2learn-per-task", "higher-per-task", "torchopt-per-task", "torch.func"),
-    *("memmeta-unrolled", "memmeta-stepwise", "memmeta-stepwise-forward", "memmeta-stepwise-forward-traced"),
-    *("memmeta-stepwise-forward-compiled", "floor-training"),
+    *("learn2learn-per-task", "higher-per-task", "torchopt-per-task", "torch.func", "memmeta-unrolled"),
+    *("memmeta-stepwise", "memmeta-stepwise-forward-traced", "memmeta-stepwise-forward-compiled", "floor-training"),
 )
 # A small network has little to do per operator: tasks are stacked.
 SMALL_METHODS = (
-    *("learn2learn-batched", "learn2learn-per-task", "higher-per-task", "torchopt-per-task", "torch.func"),
-    *("memmeta-unrolled", "memmeta-unrolled-stacked", "memmeta-stepwise", "memmeta-stepwise-stacked"),
+    *("learn2learn-per-task", "higher-per-task", "torchopt-per-task", "torch.func", "memmeta-unrolled"),
+    *("memmeta-unrolled-stacked", "memmeta-stepwise", "memmeta-stepwise-stacked"),
     *("memmeta-stepwise-stacked-compiled", "floor-training"),
 )
 QUICK_METHODS = (
@@ -54,7 +53,7 @@ class Plan:
 
 FULL: Mapping[str, Plan] = {
     "sinusoid_mlp": Plan({"tasks": 32}, (5,), SMALL_METHODS, (1, 4, 16, 32), compiled=True),
-    "conv4": Plan({"tasks": 4}, (1, 5), METHODS, (1, 2, 4)),
+    "conv4": Plan({"tasks": 2}, (1, 5), METHODS, (1, 2)),
     "resnet12": Plan({"tasks": 1}, (2,), METHODS),
     "gpt": Plan({"tasks": 1}, (5,), METHODS),
 }
