@@ -67,6 +67,28 @@ FORMAT: Mapping[str, Any] = {
 }
 _ROW: Mapping[str, None] = dict.fromkeys(FORMAT["rows"][0])
 
+SCALING: Mapping[str, Any] = {
+    "sizes": "workers; shards in the meta-batch and shard_tasks in each; tasks, their product; megabytes (10^6 bytes) "
+    "and nbytes of the weights; the machine's cores; the experiment's own options",
+    "method": "server or tree: who adds the workers' sums",
+    "tasks_per_second": "of the counted outer steps, or null",
+    "bytes_in": "to the parameter server in one step, or null",
+    "bytes_out": "from it in one step, or null",
+    "server_peak_bytes": "resident peak of the server's process, or null",
+    "driver_cpu_seconds": "of the process that coordinates, in one step, or null",
+    "message_seconds": "what one more shard costs the driver, or null where it was not measured",
+    "parts": {
+        "publish": "the server writes the weights to the object store",
+        "fetch": "the slowest worker takes the weights over",
+        "compute": "the busiest worker's seconds on its shards",
+        "gather": "until the last shard's answer is there, less the two above",
+        "reduce": "until all sums are added, as far as it was not done by then",
+        "update": "mean, norm, the optimiser's step, check",
+    },
+    "held_out": "true where the model of a step is checked on the row, and not fitted to it",
+}
+"""What rows of ``memmeta bench scaling`` have beside, or otherwise; seconds of a step, medians over outer steps."""
+
 
 def environment() -> dict[str, Any]:
     """What figures depend on, see ``FORMAT``."""

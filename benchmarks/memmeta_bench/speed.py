@@ -24,11 +24,12 @@ SMALL_METHODS = (
     *("memmeta-unrolled-stacked", "memmeta-stepwise", "memmeta-stepwise-stacked"),
     *("memmeta-stepwise-stacked-compiled", "floor-training"),
 )
-QUICK_METHODS = (
+_QUICK_BOTH = (
     *("learn2learn-per-task", "higher-per-task", "torchopt-per-task", "torch.func", "memmeta-unrolled"),
     *("memmeta-stepwise", "floor-training"),
 )
-QUICK_SMALL_METHODS = (*QUICK_METHODS, "memmeta-stepwise-stacked", "memmeta-stepwise-stacked-compiled")
+QUICK_METHODS = (*_QUICK_BOTH, "memmeta-stepwise-forward-traced")
+QUICK_SMALL_METHODS = (*_QUICK_BOTH, "memmeta-stepwise-stacked", "memmeta-stepwise-stacked-compiled")
 CHUNKED = ("memmeta-unrolled", "memmeta-stepwise")
 
 

@@ -15,7 +15,7 @@ import torch
 
 from memmeta.errors import InputError
 from memmeta.memory import peak_of
-from memmeta_bench import child, memory, meter, points, record, speed
+from memmeta_bench import child, memory, meter, points, record, scaling, speed
 from memmeta_bench.peers import methods
 from memmeta_bench.points import Point, Row, fitting, measure, relative_error
 from memmeta_bench.problems import names, sizes_of
@@ -178,6 +178,12 @@ def test_sweeps_are_points_that_can_be_measured(sweep: Any, quick: bool) -> None
     named = sweep(quick=quick, problems=("conv4",), methods=("torch.func",), threads=(3,))
     assert {(point.problem, point.method, point.threads) for point in named} == {("conv4", "torch.func", 3)}
     assert {point.problem for point in sweep(quick=quick, problems=names())} == set(names())
+
+
+def test_rows_of_scaling_have_what_the_format_says() -> None:
+    row = scaling.points(quick=True)[0].row()
+    known = {*record.FORMAT["rows"][0], *record.SCALING}
+    assert row.keys() == known
 
 
 def test_curves_come_in_the_order_of_their_axis() -> None:
