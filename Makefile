@@ -15,7 +15,7 @@ demo: $(STAMP)
 
 # One thread in each of two processes: threads that spin on the same cores take many times as long.
 test test-rest: export OMP_NUM_THREADS = 1
-PYTEST := $(BIN)/python -m pytest
+PYTEST := $(BIN)/python -m pytest --durations=15
 TWO := -n 2 --dist worksteal
 
 test: $(STAMP)
@@ -23,8 +23,8 @@ test: $(STAMP)
 
 # The other tiers: what needs minutes, and what needs a Ray cluster on this machine.
 test-rest: $(STAMP)
-	$(PYTEST) $(TWO) --durations=15 -m "slow and not cluster"
-	$(PYTEST) --durations=15 -m cluster
+	$(PYTEST) $(TWO) -m "slow and not cluster"
+	$(PYTEST) -m cluster
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
