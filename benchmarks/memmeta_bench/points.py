@@ -23,6 +23,7 @@ from typing import Any, Generic, TypeVar
 from . import machine
 from .peers import REFERENCES, find
 from .processes import Children, Outcome
+from .summaries import DIFFERS
 
 Row = dict[str, Any]
 _T = TypeVar("_T")
@@ -97,8 +98,24 @@ class Point:
         """The point whose gradient this one's is compared with."""
         return dataclasses.replace(self, axis="", method=method, options={}, round=0)
 
-    def row(self, outcome: Outcome, relative_error: float | None = None) -> Row:
+    def precise(self) -> Point:
+        """The point on which gradients are compared where float32's rounding makes too much of a difference: in
+        float64, on at most two tasks."""
+        tasks = min(2, self.sizes["tasks"])
+        return dataclasses.replace(
+            self,
+            benchmark="memory",
+            dtype="float64",
+            sizes={**self.sizes, "tasks": tasks},
+            options={name: min(tasks, value) if name == "chunk" else value for name, value in self.options.items()},
+            threads=1,
+            cap=None,
+            round=0,
+        )
+
+    def row(self, outcome: Outcome, compared: Compared | None = None) -> Row:
         """The row of an outcome; None for what was not measured."""
+        compared = compared or Compared()
         method = find(self.method)
         return {
             "benchmark": self.benchmark,
@@ -112,7 +129,8 @@ class Point:
             "reason": outcome.reason,
             **{name: outcome.values.get(name) for name in _MEASURED},
             "round": self.round,
-            "relative_error": relative_error,
+            "relative_error": compared.error,
+            "compared_in": compared.dtype,
             "threads": self.threads,
             "device": self.device,
         }
@@ -186,6 +204,14 @@ def _curves(points: Sequence[Point]) -> list[list[Point]]:
     return list(curves.values())
 
 
+@dataclass(frozen=True)
+class Compared:
+    """How far a gradient is from the reference's, relative, and in which precision they were compared."""
+
+    error: float | None = None
+    dtype: str | None = None
+
+
 class _Once(Generic[_T]):
     """Results by key, each computed once, by the first thread that asks for it."""
 
@@ -213,7 +239,7 @@ class _Session:
         self._folder = Path(tempfile.mkdtemp(prefix="memmeta-bench-"))
         # One cache of compiled code, empty at first: the first round of a method says what compiling costs.
         self._children = Children({"TORCHINDUCTOR_CACHE_DIR": str(self._folder / "inductor")})
-        self._outcomes, self._errors = _Once[Outcome](), _Once[float | None]()
+        self._outcomes, self._errors = _Once[Outcome](), _Once[Compared]()
         self._ends: dict[tuple[Any, ...], int] = {}
 
     def __enter__(self) -> _Session:
@@ -233,12 +259,12 @@ class _Session:
             return None
         outcome = self._outcome(point)
         wanted = outcome.status == "ok" and not find(point.method).floor
-        error = self._errors.get(point.key(), lambda: self._relative_error(point)) if wanted else None
+        compared = self._errors.get(point.key(), lambda: self._compared(point)) if wanted else Compared()
         if self._children.stopped:
             return None
         if outcome.status != "ok":
             self._ends[point.curve()] = min(point.place(), self._ends.get(point.curve(), point.place()))
-        return point.row(outcome, error)
+        return point.row(outcome, compared)
 
     def _outcome(self, point: Point) -> Outcome:
         def run() -> Outcome:
@@ -251,6 +277,19 @@ class _Session:
 
     def _gradient(self, point: Point) -> Path:
         return self._folder / f"{hashlib.sha256(point.key().encode()).hexdigest()}.pt"
+
+    def _compared(self, point: Point) -> Compared:
+        """Against the reference; once more in float64 where rounding may be what differs."""
+        error = self._relative_error(point)
+        if error is None or error <= DIFFERS or point.dtype == "float64":
+            return Compared(error, None if error is None else point.dtype)
+        precise = point.precise()
+        again = self._errors.get(precise.key(), lambda: self._precisely(precise))
+        return Compared(error, point.dtype) if again.error is None else again
+
+    def _precisely(self, precise: Point) -> Compared:
+        there = self._outcome(precise).status == "ok"
+        return Compared(self._relative_error(precise) if there else None, precise.dtype)
 
     def _relative_error(self, point: Point) -> float | None:
         """Against the first reference that runs at the point; None where none does."""

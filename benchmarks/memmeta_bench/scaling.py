@@ -109,7 +109,7 @@ class ScalingPoint:
             "floor": False,
             "status": status,
             "reason": reason,
-            **dict.fromkeys((*_UNMEASURED, "relative_error", *_BESIDE)),
+            **dict.fromkeys((*_UNMEASURED, "relative_error", "compared_in", *_BESIDE)),
             "parts": None,
             "held_out": self.held_out,
             **measured,

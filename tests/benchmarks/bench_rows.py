@@ -23,7 +23,8 @@ def row(method: str, title: str, axis: str, **rest: Any) -> dict[str, Any]:
         "benchmark": "memory", "axis": axis, "problem": "conv4", "sizes": {"tasks": 4, "steps": 5}, "method": method,
         "title": title, "floor": method.startswith("floor"), "status": "ok", "reason": "", "counted_bytes": None,
         "resident_bytes": None, "allocated_bytes": None, "seconds": None, "seconds_min": None,
-        "compile_seconds": None, "round": 0, "relative_error": None, "threads": 1, "device": "cpu", **rest,
+        "compile_seconds": None, "round": 0, "relative_error": None, "compared_in": None, "threads": 1, "device": "cpu",
+        **rest,
     }  # fmt: skip
 
 

@@ -17,7 +17,7 @@ from memmeta.errors import InputError
 from memmeta.memory import peak_of
 from memmeta_bench import child, memory, meter, points, record, scaling, speed
 from memmeta_bench.peers import methods
-from memmeta_bench.points import Point, Row, fitting, measure, relative_error
+from memmeta_bench.points import Compared, Point, Row, fitting, measure, relative_error
 from memmeta_bench.problems import names, sizes_of
 from memmeta_bench.processes import Children, Outcome
 
@@ -32,16 +32,19 @@ def at(tasks: int, method: str = POINT.method, **changes: Any) -> Point:
 
 
 class Scripted(Children):
-    """Outcomes by method and tasks, instead of processes; a vector of ones as each gradient."""
+    """Outcomes by method and tasks, instead of processes; a vector of ones as each gradient, but for torch.func's, and
+    for what rounding in float32 makes of higher's."""
 
     outcomes: ClassVar[Mapping[tuple[str, int], Outcome]] = {}
-    ran: ClassVar[list[tuple[str, int]]] = []
+    ran: ClassVar[list[tuple[Any, ...]]] = []
 
     def run(self, module: str, order: str, threads: int, timeout: float, resident: int | None) -> Outcome:
         given = json.loads(order)
         key = (given["point"]["method"], given["point"]["sizes"]["tasks"])
-        self.ran.append(key)
-        torch.save(torch.full((3,), 1.5 if key[0] == "torch.func" else 1.0), given["gradient"])
+        precise = given["point"]["dtype"] == "float64"
+        self.ran.append((*key, "float64") if precise else key)
+        other = key[0] == "torch.func" or (key[0] == "higher-batched" and not precise)
+        torch.save(torch.full((3,), 1.5 if other else 1.0), given["gradient"])
         return self.outcomes.get(key, Outcome("ok", values={"counted_bytes": 8 * key[1]}))
 
 
@@ -71,14 +74,25 @@ def test_a_curve_ends_where_a_method_does(scripted: type[Scripted], jobs: int) -
 def test_gradients_are_compared_with_the_reference(scripted: type[Scripted]) -> None:
     rows = list(measure([at(1, "torch.func"), at(1, "memmeta-unrolled"), at(1, "floor-training")], jobs=1))
     assert [row["relative_error"] for row in rows] == [0.5, 0.0, None]
-    assert scripted.ran == [("torch.func", 1), ("memmeta-unrolled", 1), ("floor-training", 1)]
+    assert [row["compared_in"] for row in rows] == ["float64", "float32", None]
+    exactly = [("torch.func", 1, "float64"), ("memmeta-unrolled", 1, "float64")]
+    assert scripted.ran == [("torch.func", 1), ("memmeta-unrolled", 1), *exactly, ("floor-training", 1)]
+
+
+def test_what_rounding_makes_of_a_gradient_is_no_difference(scripted: type[Scripted]) -> None:
+    rows = list(measure([at(tasks, "higher-batched") for tasks in (1, 8, 16)], jobs=1))
+    assert [(row["relative_error"], row["compared_in"]) for row in rows] == [(0.0, "float64")] * 3
+    assert [run[:2] for run in scripted.ran if run[0] == "higher-batched" and len(run) == 3] == [
+        ("higher-batched", 1),
+        ("higher-batched", 2),
+    ]
 
 
 def test_where_the_first_reference_fails_the_second_is_taken(scripted: type[Scripted]) -> None:
     scripted.outcomes = {("memmeta-unrolled", 1): Outcome("cap", "too much")}
     (row,) = measure([at(1, "torch.func")])
     assert row["relative_error"] == 0.5
-    assert scripted.ran[1:] == [("memmeta-unrolled", 1), ("memmeta-stepwise", 1)]
+    assert scripted.ran[1:3] == [("memmeta-unrolled", 1), ("memmeta-stepwise", 1)]
 
 
 def test_a_point_on_two_axes_is_measured_once(scripted: type[Scripted]) -> None:
@@ -208,7 +222,7 @@ def test_compiled_programs_can_not_be_counted_on_the_cpu() -> None:
 
 def test_files_of_rows(tmp_path: Path) -> None:
     path = tmp_path / "rows.json"
-    row = POINT.row(Outcome("ok", values={"counted_bytes": 8}), float("inf"))
+    row = POINT.row(Outcome("ok", values={"counted_bytes": 8}), Compared(float("inf"), "float32"))
     for count in (1, 2):
         record.write(path, "memmeta bench memory", [row] * count, {"quick": True})
         content = record.read(path)
