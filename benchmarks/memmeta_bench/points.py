@@ -100,13 +100,13 @@ class Point:
 
     def precise(self) -> Point:
         """The point on which gradients are compared where float32's rounding makes too much of a difference: in
-        float64, on at most two tasks."""
-        tasks = min(2, self.sizes["tasks"])
+        float64, with at most two tasks and ten steps."""
+        tasks, steps = min(2, self.sizes["tasks"]), min(10, self.sizes["steps"])
         return dataclasses.replace(
             self,
             benchmark="memory",
             dtype="float64",
-            sizes={**self.sizes, "tasks": tasks},
+            sizes={**self.sizes, "tasks": tasks, "steps": steps},
             options={name: min(tasks, value) if name == "chunk" else value for name, value in self.options.items()},
             threads=1,
             cap=None,
