@@ -60,7 +60,7 @@ FORMAT: Mapping[str, Any] = {
             "compile_seconds": "of the first meta-gradient, above the median; of compiled methods, or null",
             "round": "0, 1, ...: rows of the same round were measured in turn",
             "relative_error": "of the gradient against the reference's at the same point (2-norms), or null",
-            "compared_in": "float32; float64 (with few tasks and steps) where float32 differs by more than a thousandth",
+            "compared_in": "float32; float64 (few tasks and steps) where float32 differs by more than a thousandth",
             "threads": "of the CPU",
             "device": "cpu or cuda",
         }
