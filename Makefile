@@ -39,7 +39,7 @@ wheel: $(STAMP)
 	$(BIN)/python tools/check_wheel.py
 
 # What memmeta costs beside its peers: docs/benchmarks.md shows what these commands have written. Bytes may be measured
-# beside other work; times want a quiet machine. Three hours; `memmeta bench memory --quick` takes two minutes.
+# beside other work; times want a quiet machine. Two hours; `memmeta bench memory --quick` takes two minutes and a half.
 bench: bench-memory bench-speed bench-scaling
 
 bench-memory: $(STAMP)
