@@ -76,7 +76,7 @@ $(STAMP): pyproject.toml constraints.txt
 	$(BIN)/pip install --disable-pip-version-check -q -c constraints.txt \
 		"cython<3.1" "setuptools<81" wheel hatchling torch
 	$(BIN)/pip install --disable-pip-version-check -q -c constraints.txt --no-build-isolation \
-		-e ".[service,plots,peers,dev]"
+		-e ".[service,plots,examples,peers,dev]"
 	$(BIN)/pip install --disable-pip-version-check -q --use-pep517 --no-build-isolation --no-deps \
 		--config-settings="--global-option=build_ext" learn2learn==0.2.0
 	touch $(STAMP)
