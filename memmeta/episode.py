@@ -238,13 +238,13 @@ class Episode:
         microbatch, loss, metrics = self.rollout.microbatch, None, {}
         n = microbatch.pieces(self.query)
         for piece in range(n):
-            self.rollout.reseed(t, piece, *_OUTER)
+            self.rollout.reseed(t, piece, *_OUTER, outer=True)
             batch, weight = microbatch.piece(self.query, piece)
             value, extra = self._outer(params, meta, copied(buffers), batch)
             if check is not None:
 
                 def again(piece: int = piece, batch: Any = batch) -> Tensor:
-                    self.rollout.reseed(t, piece, *_OUTER)
+                    self.rollout.reseed(t, piece, *_OUTER, outer=True)
                     return self._outer(params, meta, copied(buffers), batch)[0]
 
                 check(value, again)

@@ -11,7 +11,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from . import memory
+from . import clock, memory
 from .adapt import Adapted, attach
 from .adjoints import Adjoint, Stepwise
 from .episode import Episode, check_steps, checked_weights
@@ -50,7 +50,8 @@ class AdaptedModel(Adapted):
         """The network's output with the adapted weights; its buffers stay as they are."""
         assert self.net is not None
         refused = refuse_checkpoints("an adapted model", "switch checkpointing off for the call, or use accumulate()")
-        with Places(self.net).holding(self.params, copied(self.buffers or {})), refused:
+        with clock.kept(), Places(self.net).holding(self.params, copied(self.buffers or {})), refused:
+            clock.turn(len(self.losses), outer=True)
             return self.net(*inputs, **options)
 
 

@@ -161,7 +161,7 @@ class Online:
         params, meta = trees.leaves(self._state.params), trees.cut(rollout.leaves.meta)
         names = trees.wanted(meta)
         with rollout.session(twice=False):
-            rollout.reseed(*place)
+            rollout.reseed(*place, outer=loss is self._outer_loss)
             value = check_scalar(loss(params, self._rebuild(meta), batch), what)
             refuse_captured(value, what, params, meta)
             if not value.requires_grad:

@@ -17,7 +17,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from . import flat
+from . import clock, flat
 from .errors import FallbackWarning, InputError, ReplayError
 
 Execution = Literal["eager", "trace", "compile"]
@@ -53,6 +53,7 @@ class Programs:
         self.capacity = capacity
         self.check: Check = check
         self._kept: collections.OrderedDict[Hashable, _Entry] = collections.OrderedDict()
+        self._timed: set[Hashable] = set()
         self._said: set[str] = set()
         self._tried = self._hits = 0
 
@@ -104,7 +105,7 @@ class Programs:
         def refuse(reason: str) -> None:
             self.say(f"{option}: {reason}; {instead}" if reason else "")
 
-        entry = self._kept.get(key)
+        entry = self._kept.get(self._at(key))
         if entry is None:
             self._tried += 1
             if self._tried >= _MANY and self._hits < 4 * self._tried:
@@ -112,12 +113,16 @@ class Programs:
                     f"{option}: programs are made again and again and seldom used twice, as shapes or Python values "
                     "that the loss reads change: make such values tensors, or use execution='eager'"
                 )
-            entry = self._kept[key] = self._made(build, inputs, refuse, short)
+            with clock.watched() as asked:
+                entry = self._made(build, inputs, refuse, short)
+            if asked():
+                self._timed.add(key)
+            self._kept[self._at(key)] = entry
             if len(self._kept) > self.capacity:
                 self._kept.popitem(last=False)
         else:
             self._hits += 1
-            self._kept.move_to_end(key)
+            self._kept.move_to_end(self._at(key))
         if entry.program is None:
             return None
         try:
@@ -156,14 +161,18 @@ class Programs:
         problem = disagreement(found, wanted, tolerance, slack=20 if fused else 3)
         return problem or disagreement(found, wanted, 0.1 if fused else tolerance, groups, slack=3)
 
+    def _at(self, key: Hashable) -> Hashable:
+        """The key of the program for the step under way, where the loss asks which it is."""
+        return (key, clock.now()) if key in self._timed else key
+
     def unused(self, key: Hashable) -> bool:
         """Whether the next use of the program ``key`` would be its first."""
-        entry = self._kept.get(key)
+        entry = self._kept.get(self._at(key))
         return entry is None or (entry.program is not None and entry.uses == 0)
 
     def note(self, key: Hashable) -> Any:
         """What the program ``key``, which has just been run, says of how its outputs are read."""
-        program = self._kept[key].program
+        program = self._kept[self._at(key)].program
         return None if program is None else program.note
 
     def _made(self, build: Build, inputs: Sequence[Tensor], refuse: Callable[[str], None], short: bool) -> _Entry:

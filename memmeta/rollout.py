@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.backends import mha
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from . import trees
+from . import clock, trees
 from .capture import refuse_foreign, refuse_once_differentiable, refuse_stacked_padding
 from .errors import InputError, UnsupportedError
 from .microbatch import Microbatch, nudged
@@ -160,6 +160,7 @@ class Rollout:
             raise InputError("inner loops need autograd, which torch.inference_mode() takes away: use torch.no_grad()")
         device = next(iter(self.leaves.params.values())).device
         with (
+            clock.kept(),
             replayed_random_state(device, self.seed is not None),
             torch.enable_grad(),
             self.autocast.again(),
@@ -327,10 +328,12 @@ class Rollout:
             for batch in {id(batch): batch for batch in self.batches}.values():
                 self.microbatch.verify(inner, batch, "inner loss", precision)
 
-    def reseed(self, *place: int) -> None:
-        """Start the random numbers of one place of the rollout: a step, a piece of it, or the outer loss."""
+    def reseed(self, t: int, *place: int, outer: bool = False) -> None:
+        """Start the random numbers of one place of the rollout: step t, a piece of it, or the outer loss there; and set
+        what ``inner_step`` says in it."""
+        clock.turn(t, outer)
         if self.seed is not None:
-            seed_generators(mixed(self.seed, *place), next(iter(self.leaves.params.values())).device)
+            seed_generators(mixed(self.seed, t, *place), next(iter(self.leaves.params.values())).device)
 
 
 @contextlib.contextmanager

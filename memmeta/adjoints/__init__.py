@@ -3,6 +3,7 @@
 from .base import Adjoint as Adjoint
 from .base import Along as Along
 from .base import Solution as Solution
+from .displacement import Displacement as Displacement
 from .first_order import FirstOrder as FirstOrder
 from .forward import Forward as Forward
 from .implicit import Implicit as Implicit

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from ..adjoints import Adjoint
 from ..learner import MetaLearner
 from ..optimizers import InnerOptimizer
-from ..problem import Problem, Selection, Supervised, accuracy
+from ..problem import Draw, Problem, Selection, Supervised, accuracy
 from ..programs import Execution
 
 Metric = Callable[[Tensor, Tensor], Tensor]
@@ -44,9 +44,20 @@ def maml(
 
     Source: https://arxiv.org/abs/1703.03400.
     """
-    if metrics is None:
-        metrics = {"accuracy": accuracy} if loss is F.cross_entropy or isinstance(loss, nn.CrossEntropyLoss) else {}
-    problem = Problem(net, Supervised(loss), Supervised(loss, metrics), adapt)
+    problem = supervised(net, loss, metrics, adapt)
     return MetaLearner(
         problem, optimizer=optimizer, steps=steps, adjoint=adjoint, step_weights=step_weights, execution=execution
     )
+
+
+def supervised(
+    net: nn.Module,
+    loss: Callable[[Tensor, Tensor], Tensor],
+    metrics: Mapping[str, Metric] | None,
+    adapt: Selection,
+    redraw: Mapping[str, Draw] | None = None,
+) -> Problem:
+    """The problem of supervised few-shot learning: one loss on support and query set; accuracy beside cross entropy."""
+    if metrics is None:
+        metrics = {"accuracy": accuracy} if loss is F.cross_entropy or isinstance(loss, nn.CrossEntropyLoss) else {}
+    return Problem(net, Supervised(loss), Supervised(loss, metrics), adapt, redraw or {})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import pickle
 from collections.abc import Callable
 from pathlib import Path
@@ -328,6 +329,32 @@ def test_the_result_says_what_was_done(made: Callable[..., Experiment]) -> None:
     assert (scored.sums, scored.count) == (None, 3)
     with pytest.raises(InputError, match="no validation tasks"):
         compute(experiment, layout(experiment), Job(0, Shard(1, 0, 0, 3), "validation", False))
+
+
+def test_the_learner_is_prepared_for_its_step(made: Callable[..., Experiment]) -> None:
+    """What changes with the outer step is set from the step that a shard belongs to, whatever was done before."""
+
+    def prepare(learner: memmeta.MetaLearner, step: int) -> None:
+        learner.step_weights = [0.5, 0.5] if step < 5 else None
+
+    plain = made()
+    changing = dataclasses.replace(plain, prepare=prepare)
+    of_layout = layout(plain)
+    early, late = (Job(0, Shard(0, step, 0, 2), "train", True) for step in (4, 5))
+    last = [compute(plain, of_layout, job).sums for job in (early, late)]
+    found = [compute(changing, of_layout, job).sums for job in (early, late, early)]
+    assert torch.equal(found[1], last[1])
+    assert not torch.equal(found[0], last[0])
+    assert torch.equal(found[0], found[2])
+    scored = compute(changing, of_layout, Job(0, Shard(1, 0, 0, 2), "test", False))  # its address is no outer step
+    assert scored.report.means()
+
+
+def test_an_error_of_the_preparation_is_the_users(made: Callable[..., Experiment]) -> None:
+    experiment = dataclasses.replace(made(), prepare=lambda learner, step: [][step])
+    assert "IndexError" in str(failed(experiment))
+    with pytest.raises(InputError, match=r"prepare=.*function of \(learner, step\)"):
+        dataclasses.replace(made(), prepare=3)  # pyright: ignore[reportArgumentType]
 
 
 def test_the_first_tasks_are_tried(made: Callable[..., Experiment]) -> None:

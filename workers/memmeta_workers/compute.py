@@ -160,6 +160,8 @@ def compute(
             learner = experiment.learner if job.baseline is None else experiment.baselines[job.baseline]
             report = learner.evaluate(tasks, steps=job.inner_steps, chunk=experiment.chunk, seed=experiment.seed)
             return JobResult(job, None, job.shard.count, report, time.perf_counter() - began)
+        if experiment.prepare is not None:
+            experiment.prepare(experiment.learner, job.shard.step)
         found = experiment.learner.meta_gradient(
             tasks,
             chunk=experiment.chunk,

@@ -44,6 +44,9 @@ class Experiment:
         validation: held-out tasks, scored every ``evaluate_every`` outer steps; they choose the best checkpoint.
         outer: makes the outer optimiser from the list of meta-parameters.
         schedule: makes the learning-rate schedule of that optimiser; it is stepped once per outer step.
+        prepare: ``prepare(learner, step)`` sets what of the learner changes with the outer step (``step_weights``,
+            ``adjoint``; MAML++'s annealing); called before every meta-gradient of outer step ``step``, on every worker.
+            It must depend on the step alone: steps are repeated and skipped when a run is resumed or a worker is lost.
         steps: length of the run in outer steps.
         meta_batch: tasks per outer step, B.
         shard_size: tasks whose gradient sum is one unit of work and of the fixed order of addition. Another value
@@ -73,6 +76,7 @@ class Experiment:
     validation: TaskSource | None = None
     outer: Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer] = adam
     schedule: Callable[[torch.optim.Optimizer], torch.optim.lr_scheduler.LRScheduler] | None = None
+    prepare: Callable[[MetaLearner, int], None] | None = None
     steps: int = 1000
     meta_batch: int = 16
     shard_size: int | None = None
@@ -109,6 +113,8 @@ class Experiment:
             raise InputError(f"Experiment(chance={self.chance!r}): write an accuracy between 0 and 1, or None")
         if not callable(self.outer) or not (self.schedule is None or callable(self.schedule)):
             raise InputError("Experiment(outer=..., schedule=...) take functions: outer=lambda p: torch.optim.Adam(p)")
+        if not (self.prepare is None or callable(self.prepare)):
+            raise InputError("Experiment(prepare=...) takes a function of (learner, step)")
         self._check_baselines()
 
     def _check_baselines(self) -> None:
