@@ -1,10 +1,12 @@
 """Exact meta-gradients in bounded memory for PyTorch."""
 
+from . import l2l as l2l
 from . import memory as memory
 from . import tasks as tasks
 from .adapt import Adapted as Adapted
 from .adapt import adapt as adapt
 from .adjoints import Adjoint as Adjoint
+from .adjoints import Displacement as Displacement
 from .adjoints import FirstOrder as FirstOrder
 from .adjoints import Forward as Forward
 from .adjoints import Implicit as Implicit
@@ -12,8 +14,21 @@ from .adjoints import Reversible as Reversible
 from .adjoints import Solution as Solution
 from .adjoints import Stepwise as Stepwise
 from .adjoints import Unrolled as Unrolled
+from .algorithms import Annealing as Annealing
+from .algorithms import Ensemble as Ensemble
+from .algorithms import anil as anil
+from .algorithms import cavia as cavia
+from .algorithms import cosine_by_epoch as cosine_by_epoch
+from .algorithms import fomaml as fomaml
+from .algorithms import from_forward as from_forward
 from .algorithms import imaml as imaml
 from .algorithms import maml as maml
+from .algorithms import maml_plus_plus as maml_plus_plus
+from .algorithms import meta_sgd as meta_sgd
+from .algorithms import multi_step_weights as multi_step_weights
+from .algorithms import reptile as reptile
+from .algorithms import update_statistics as update_statistics
+from .clock import inner_step as inner_step
 from .errors import CaptureError as CaptureError
 from .errors import ConvergenceError as ConvergenceError
 from .errors import FallbackWarning as FallbackWarning
@@ -33,6 +48,7 @@ from .optimizers import Adam as Adam
 from .optimizers import AdamW as AdamW
 from .optimizers import InnerOptimizer as InnerOptimizer
 from .optimizers import RMSprop as RMSprop
+from .per_step_norm import PerStepBatchNorm as PerStepBatchNorm
 from .planner import Candidate as Candidate
 from .planner import Infeasible as Infeasible
 from .planner import Plan as Plan

@@ -18,9 +18,9 @@ SERVICE = ROOT.parent / "workers" / "memmeta_workers"
 
 # From the bottom up: a module imports from rows above its own in this table, never from its own row or below.
 LAYERS = (
-    ("errors", "randomness", "memory", "task", "flat", "inductor", "modes"),
+    ("clock", "closures", "errors", "randomness", "memory", "task", "flat", "inductor", "modes"),
     ("attention", "weight_norm", "trees", "report", "fixed_point", "raw", "schedules", "programs", "remat"),
-    ("capture", "costs", "microbatch", "padding", "places", "pooling", "solvers", "stops"),
+    ("capture", "costs", "microbatch", "padding", "per_step_norm", "places", "pooling", "solvers", "stops"),
     ("double_backward", "dual", "optimizers", "problem"),
     ("steps",),
     ("rollout",),
@@ -28,7 +28,7 @@ LAYERS = (
     ("adjoints",),
     ("stacking",),
     ("adapt", "episode", "metabatch"),
-    ("learner", "online"),
+    ("l2l", "learner", "online"),
     ("candidates", "probing"),
     ("search",),
     ("planner",),
