@@ -110,8 +110,13 @@ def adapt(
     )
     if microbatch is not None:
         rollout.verify_microbatches()
-    solution = (adjoint or Stepwise()).solve(rollout)
+    solution = solved(adjoint or Stepwise(), rollout)
     return Adapted(attach(solution, leaves), solution.losses, solution.status)
+
+
+def solved(adjoint: Adjoint, rollout: Rollout) -> Solution:
+    """The inner loop by an adjoint, or its end alone where nothing will be differentiated."""
+    return adjoint.solve(rollout) if torch.is_grad_enabled() else adjoint.end(rollout)
 
 
 def _baked(loss: MetaLoss, meta: Any) -> Hashable:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from . import clock, memory
-from .adapt import Adapted, attach
+from .adapt import Adapted, attach, solved
 from .adjoints import Adjoint, Stepwise
 from .episode import Episode, check_steps, checked_weights
 from .errors import InputError
@@ -197,7 +197,7 @@ class MetaLearner(nn.Module):
         group = list(placed_tasks([Task(support, support)], options.seed))
         episode = self._episode(group, options, self._steps(steps), inspect=True)
         rollout = episode.rollout
-        solution = (self.adjoint if adjoint is None else adjoint).solve(rollout)
+        solution = solved(self.adjoint if adjoint is None else adjoint, rollout)
         params = attach(solution, rollout.leaves)
         return AdaptedModel(params, solution.losses, solution.status, self.net, solution.buffers)
 

@@ -50,6 +50,10 @@ def plan(
         Infeasible: nothing fits; the message gives the least that is possible.
     """
     budget, tasks = parse_bytes(memory), _checked(tasks)
+    if learner.steps == 0:
+        raise InputError(
+            "there is no inner loop to plan: a mm.from_forward learner has it in its module, so choose adjoint= there"
+        )
     chosen = learner.programs.execution if execution is None else execution
     Programs(chosen)  # refuses what is no execution
     prober = Prober(learner, _task(task))

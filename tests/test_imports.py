@@ -138,4 +138,7 @@ def test_public_names_are_there() -> None:
         *("CG", "ConvergenceError", "Implicit", "Neumann", "Reversible", "Solver", "imaml"),
         *("Forward", "Online", "OnlineReport", "hypergradient_descent"),
         *("Candidate", "Infeasible", "Plan", "plan"),
+        *("anil", "cavia", "fomaml", "maml_plus_plus", "meta_sgd", "reptile", "Displacement", "from_forward", "l2l"),
+        *("Annealing", "Ensemble", "PerStepBatchNorm", "cosine_by_epoch", "inner_step", "multi_step_weights"),
+        "update_statistics",
     } <= names

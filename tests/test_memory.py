@@ -144,6 +144,32 @@ def test_evaluation_keeps_nothing() -> None:
     assert many.peak == pytest.approx(few.peak, rel=0.01)
 
 
+@pytest.mark.parametrize("adjoint", [mm.Stepwise(), mm.Unrolled(), mm.Forward(), mm.FirstOrder()], ids=str)
+def test_adapting_without_a_graph_keeps_nothing(adjoint: mm.Adjoint) -> None:
+    """Nothing is differentiated under no_grad, whatever could be."""
+    rate = torch.tensor(0.01, requires_grad=isinstance(adjoint, mm.Forward))
+    net = mlp().requires_grad_(True)
+    start = {name: p.detach() for name, p in net.named_parameters()}
+    batch = next(iter(sinusoids(1))).support
+
+    def loss(params: dict[str, Tensor], meta: None, batch: tuple[Tensor, Tensor]) -> Tensor:
+        return F.mse_loss(torch.func.functional_call(net, params, (batch[0],)), batch[1])
+
+    def peak_of(steps: int) -> int:
+        with torch.no_grad(), mm.memory.count() as meter:
+            mm.adapt(loss, start, [batch] * steps, optimizer=mm.SGD(lr=rate), adjoint=adjoint)
+        return meter.peak
+
+    kept = sum(p.numel() * p.element_size() for p in start.values())
+    assert peak_of(40) < peak_of(4) + kept  # a loss of each step, and no parameters
+    learner = learner_of("mlp", 4, None if isinstance(adjoint, mm.Forward) else adjoint)
+    with mm.memory.count() as short, torch.no_grad():
+        learner.adapt(batch, steps=4)
+    with mm.memory.count() as long, torch.no_grad():
+        learner.adapt(batch, steps=40)
+    assert long.peak < short.peak + kept
+
+
 def test_microbatch_bounds_the_memory_of_examples() -> None:
     def peaks(rows: int, size: int | None) -> int:
         generator = torch.Generator().manual_seed(0)

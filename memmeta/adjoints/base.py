@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 
 from torch import Tensor
 
+from ..errors import InputError
 from ..optimizers import BoundRule
 from ..programs import Execution
 from ..rollout import Leaves, Rollout, State
@@ -105,6 +106,21 @@ class Adjoint(abc.ABC):
             UnsupportedError: the rollout has something that this method can't differentiate.
             ReplayError: (from the pullback) a step gave another loss when it was run again.
         """
+
+    def end(self, rollout: Rollout) -> Solution:
+        """The end of the inner loop without a way back, in one plain gradient's memory: for ``torch.no_grad()``, where
+        nothing is differentiated. Not what an adjoint that counts or solves says of itself (``status``)."""
+        self.check(rollout.single(), rollout.rule, False)
+        state, losses = rollout.start(), []
+        with rollout.session():
+            for t in range(rollout.steps):
+                loss, state = self.advance(rollout, t, state)
+                losses.append(loss)
+
+        def pullback(cotangent: Tensors) -> Leaves:
+            raise InputError("the inner loop was run under torch.no_grad(): there is nothing to differentiate")
+
+        return Solution(state.params, state.buffers, losses, pullback)
 
     def solve(self, rollout: Rollout, along: Along | None = None) -> Solution:
         """``run`` under the rollout's conditions (autograd mode, random numbers, autocast), and so its pullback."""
