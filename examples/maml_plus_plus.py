@@ -13,8 +13,7 @@ best five epochs, and the learned rates. As an experiment it is the published se
 What differs from the publication: the script's runs are short (240 outer steps at three times the outer rate, where the
 paper takes 50,000), 5-way, of a network with 16 filters, and on printed letters unless ``--data-dir`` names Omniglot's
 files (of the small sets, Korean validates and the second set tests). Batch statistics are used in evaluation too, as in
-the reference code, not the running ones of the paper; see ``mm.maml_plus_plus``. Where the derivative's order is
-annealed, learned rates rest during the first-order epochs.
+the reference code, not the running ones of the paper; see ``mm.maml_plus_plus``.
 """
 
 from __future__ import annotations

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from torch import Tensor
+
 from .. import trees
 from ..programs import Execution
-from ..rollout import Leaves, Rollout
+from ..rollout import Leaves, Rollout, State
 from ..trees import Tensors
 from .base import Adjoint, Along, Solution
+from .linearised import Product
+from .walk import Walk
 
 
 @dataclass(frozen=True)
@@ -18,7 +22,15 @@ class FirstOrder(Adjoint):
     Memory: one plain gradient, whatever T. Not exact: second derivatives are left out, and with them all that the
     inner loop has to say to meta-parameters other than the initial values (they get the outer loss's own gradient) and
     to the inner optimiser's hyperparameters (zero). Not recommended for learning those.
+
+    Attributes:
+        rates: take the inner gradients for constants instead, and differentiate the update rule alone: learned
+            learning rates, momenta and decays then get that part of their gradient (as in first-order Meta-SGD, and in
+            MAML++ before its second order sets in). Memory where there are such: two copies of what is adapted per
+            step, and the rule's slots.
     """
+
+    rates: bool = False
 
     @property
     def approximation(self) -> str:
@@ -28,6 +40,8 @@ class FirstOrder(Adjoint):
         return self
 
     def run(self, rollout: Rollout, along: Along | None) -> Solution:
+        if self.rates and trees.wanted(rollout.leaves.hyper):
+            return _with_rates(rollout, along)
         state, losses, total = rollout.start(), [], None
         for t in range(rollout.steps):
             if along is not None and t > 0:
@@ -45,3 +59,36 @@ class FirstOrder(Adjoint):
             return grads
 
         return Solution(state.params, state.buffers, losses, pullback)
+
+
+class _Constant:
+    """An inner step whose gradient is taken for a constant; what ``Walk`` needs of a linearised one."""
+
+    ready = True
+
+    def __init__(self, loss: Tensor, grads: Tensors) -> None:
+        self.loss, self.grads = loss, grads
+
+    def product(self, v: Tensors, again: bool = False, grads: bool = False) -> Product:
+        """Zeros: the gradient's derivatives are left out."""
+        return Product(trees.zeros_like(v), {})
+
+
+def _with_rates(rollout: Rollout, along: Along | None) -> Solution:
+    path: list[tuple[State, _Constant]] = []
+    state = rollout.start()
+    for t in range(rollout.steps):
+        params = trees.leaves(state.params)
+        loss, grads, buffers = rollout.gradient(t, params, rollout.leaves.meta, state.buffers)
+        path.append((state, _Constant(loss, grads)))
+        state = rollout.updated(t, state, grads, buffers)
+    losses = [step.loss for _, step in path]
+
+    def pullback(cotangent: Tensors) -> Leaves:
+        walk = Walk(rollout, along, losses)
+        for t in reversed(range(rollout.steps)):
+            before, step = path[t]
+            cotangent = walk.back(t, before, dict(cotangent), step)
+        return walk.finish(cotangent)
+
+    return Solution(state.params, state.buffers, losses, pullback)

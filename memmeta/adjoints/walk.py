@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Protocol
+
 import torch
 from torch import Tensor
 
@@ -12,7 +14,19 @@ from ..rollout import Leaves, Rollout, State
 from ..steps import HVP
 from ..trees import Tensors
 from .base import Along
-from .linearised import Linearised, Programmed, linearised
+from .linearised import Product, linearised
+
+
+class Step(Protocol):
+    """A step's loss and gradient, and products with its gradient's derivatives; see ``Linearised``."""
+
+    @property
+    def ready(self) -> bool: ...
+    @property
+    def loss(self) -> Tensor: ...
+    @property
+    def grads(self) -> Tensors: ...
+    def product(self, v: Tensors, again: bool = False, grads: bool = False) -> Product: ...
 
 
 class Walk:
@@ -25,7 +39,7 @@ class Walk:
         self.slots: Slots | None = None
         self.replayed: list[Tensor] = []
 
-    def back(self, t: int, state: State, cotangent: Tensors, step: Linearised | Programmed | None = None) -> Tensors:
+    def back(self, t: int, state: State, cotangent: Tensors, step: Step | None = None) -> Tensors:
         """From the cotangent of theta_{t+1} to that of theta_t, with the outer loss's term there.
 
         ``state`` is s_t, ``step`` the step linearised there if that is at hand. Empties the dict ``cotangent``, whose
@@ -43,7 +57,7 @@ class Walk:
                 trees.add_(lambda_theta, term)
         return lambda_theta
 
-    def _through_affine(self, step: Linearised | Programmed, after: Tensors, a: float, b: float) -> Tensors:
+    def _through_affine(self, step: Step, after: Tensors, a: float, b: float) -> Tensors:
         """p <- a p - b g: the product is linear in its vector, so that the cotangent itself can be multiplied."""
         product = step.product(after)
         if product.meta:
@@ -59,7 +73,7 @@ class Walk:
             known.add(storage)
         return found
 
-    def _through(self, t: int, state: State, step: Linearised | Programmed, after: Tensors) -> Tensors:
+    def _through(self, t: int, state: State, step: Step, after: Tensors) -> Tensors:
         learned = trees.wanted(self.rollout.leaves.hyper)
         # A linear rule's derivative does not read the gradient, which a program gives together with the product.
         late = self.rollout.rule.rule.linear and not step.ready

@@ -59,7 +59,7 @@ def maml_plus_plus(
         steps: N, the number of inner steps.
         lr: alpha at the start, of every tensor and step.
         learned_rates: LSLR: one vector of shape (N+1,) per adapted tensor, as in the reference; the last entry is
-            never read. Entries may become negative. They get no gradient of a ``FirstOrder`` adjoint.
+            never read. Entries may become negative.
         per_step_statistics: BNRS.
         per_step_weights: BNWB; otherwise gamma and beta are shared by the steps.
         adapt: what the inner loop changes, see ``mm.Problem``; never gamma and beta.
@@ -139,7 +139,7 @@ class Annealing:
     def apply(self, learner: MetaLearner, epoch: int) -> None:
         """Sets ``learner.step_weights`` and ``learner.adjoint`` for an epoch; depends on nothing before."""
         learner.step_weights = multi_step_weights(epoch, learner.steps, self.multi_step_epochs)
-        learner.adjoint = FirstOrder() if epoch <= self.first_order_to_second_order_epoch else self.exact
+        learner.adjoint = FirstOrder(rates=True) if epoch <= self.first_order_to_second_order_epoch else self.exact
 
 
 def cosine_by_epoch(
