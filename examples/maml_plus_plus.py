@@ -1,4 +1,4 @@
-"""MAML++: what each of its parts does to MAML, and a training that does not oscillate.
+"""MAML++: what each of its parts does to MAML.
 
     python examples/maml_plus_plus.py [--quick] [--out FOLDER] [--data-dir FOLDER] [--jobs N]
     memmeta train examples/maml_plus_plus.py [--data-dir FOLDER] [--filters 64] [...]
@@ -10,7 +10,7 @@ order of the derivative (DA) and the outer rate (CA). As a script this trains MA
 MAML++, with several seeds, and shows validation accuracy by epoch, test accuracy with and without the ensemble of the
 best five epochs, and the learned rates. As an experiment it is the published setting, each part a switch.
 
-What differs from the publication: the script's runs are short (240 outer steps at three times the outer rate, where the
+What differs from the publication: the script's runs are short (400 outer steps at ten times the outer rate, where the
 paper takes 50,000), 5-way, of a network with 16 filters, and on printed letters unless ``--data-dir`` names Omniglot's
 files (of the small sets, Korean validates and the second set tests). Batch statistics are used in evaluation too, as in
 the reference code, not the running ones of the paper; see ``mm.maml_plus_plus``.

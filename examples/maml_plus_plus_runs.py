@@ -67,12 +67,12 @@ class Setting:
     filters: int = 16
     inner_steps: int = 5
     inner_lr: float = 0.1
-    outer_lr: float = 3e-3
+    outer_lr: float = 1e-2
     meta_batch: int = 8
     epochs: int = 16
-    iterations: int = 15
-    multi_step_epochs: int = 5
-    first_order_epochs: int = 2
+    iterations: int = 25
+    multi_step_epochs: int = 4
+    first_order_epochs: int = 1
     validation_tasks: int = 60
     test_tasks: int = 200
     members: int = 5

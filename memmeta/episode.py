@@ -43,6 +43,10 @@ class Score:
         return {f"loss{suffix}": self.loss, **{f"{name}{suffix}": value for name, value in self.metrics.items()}}
 
 
+Weight = float | Tensor
+"""Of the outer loss after a step: a number, or an input of a program, of shape ()."""
+
+
 class Outcome(NamedTuple):
     """What comes of an episode.
 
@@ -126,34 +130,42 @@ class Episode:
         if one is None:
             return None
 
-        def body(rollout: Rollout, query: Any) -> tuple[Leaves, Tensors, list[Tensor]]:
+        # Weights that are annealed are inputs; which of them are there, and plain ones, is part of the program.
+        plain = {*weights} <= {0.0, 1.0}
+        numbers = None if plain else torch.tensor(weights, dtype=torch.float64, device=self._device())
+
+        def body(rollout: Rollout, given: Any) -> tuple[Leaves, Tensors, list[Tensor]]:
             other = copy.copy(self)
-            other.rollout, other.query = rollout, query
-            found = other._meta_gradient(one, weights)
+            other.rollout, (other.query, inputs) = rollout, given
+            taken = weights if inputs is None else [inputs[t] if w else 0.0 for t, w in enumerate(weights)]
+            found = other._meta_gradient(one, taken)
             return found.grads, {"loss": found.score.loss, **found.score.metrics}, found.losses
 
         def eager() -> tuple[Leaves, Tensors, list[Tensor]]:
-            return body(replace(self.rollout, programs=None), self.query)
+            return body(replace(self.rollout, programs=None), (self.query, numbers))
 
-        how = one, tuple(weights)
-        found = whole.run(programs, self.rollout, self.query, how, body, eager)
+        how = one, tuple(weights) if plain else tuple(bool(w) for w in weights)
+        found = whole.run(programs, self.rollout, (self.query, numbers), how, body, eager)
         if found is None:
             return None
         grads, values, losses = found
         return Outcome(grads, Score(values.pop("loss"), values), losses, {})
 
-    def _meta_gradient(self, adjoint: Adjoint, weights: Sequence[float]) -> Outcome:
+    def _device(self) -> torch.device:
+        return next(iter(self.rollout.leaves.params.values())).device
+
+    def _meta_gradient(self, adjoint: Adjoint, weights: Sequence[Weight]) -> Outcome:
         rollout, final = self.rollout, weights[-1]
         direct, terms = rollout.leaves._replace(params={}, hyper={}).zeros().meta, []
 
         def along(t: int, params: Tensors, buffers: Tensors) -> Tensors | None:
-            if weights[t - 1] == 0:
+            if _absent(weights[t - 1]):
                 return None
             score, cotangent = self._outer_gradient(t, params, buffers, weights[t - 1], direct)
             terms.append(score.loss)
             return cotangent
 
-        solution = adjoint.solve(rollout, along if any(weights[:-1]) else None)
+        solution = adjoint.solve(rollout, None if all(map(_absent, weights[:-1])) else along)
         pullback, losses, status = solution.pullback, solution.losses, solution.status
         with rollout.session(twice=False):
             end, buffers = trees.Owned(solution.params), solution.buffers
@@ -189,7 +201,7 @@ class Episode:
             return self._pieced(t, lambda *piece: piece, state.params, rollout.leaves.meta, state.buffers)
 
     def _outer_gradient(
-        self, t: int, params: Tensors, buffers: Tensors, weight: float, into: Tensors
+        self, t: int, params: Tensors, buffers: Tensors, weight: Weight, into: Tensors
     ) -> tuple[Score, trees.Owned]:
         """The weighted outer loss at theta_t, and its gradient there; adds that of meta to ``into``."""
         params, meta = trees.leaves(trees.taken(params)), trees.cut(self.rollout.leaves.meta)
@@ -201,7 +213,7 @@ class Episode:
                 refuse_stacked_padding(loss, params, meta)
 
         def differentiate(loss: Tensor, metrics: Tensors) -> tuple[Tensor, Tensors]:
-            loss = loss * weight
+            loss = loss * (weight.to(loss.dtype) if isinstance(weight, Tensor) else weight)
             if not loss.requires_grad:
                 raise InputError(
                     "the outer loss does not depend on any meta-parameter: compute it from the network it is given, "
@@ -267,6 +279,10 @@ class Episode:
         with rollout.session(), rollout.autocast.off():
             rollout.reseed(0)
             rollout.microbatch.verify(outer, self.query, "outer loss", precision)
+
+
+def _absent(weight: Weight) -> bool:
+    return not isinstance(weight, Tensor) and weight == 0
 
 
 def _start(problem: BoundProblem, seed: int) -> Tensors:

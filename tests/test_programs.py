@@ -209,6 +209,27 @@ def test_whole_tasks(adjoint: mm.Adjoint, chunk: int) -> None:
 # What is baked in names another program.
 
 
+@pytest.mark.parametrize("chunk", [1, 2])
+def test_annealed_step_weights_need_no_further_program(chunk: int) -> None:
+    """MAML++'s multi-step loss has other weights in every epoch."""
+    case = PROBLEMS["mlp"]
+    tasks = case.tasks(2)
+
+    def gradient(learner: mm.MetaLearner, weights: list[float] | None) -> dict[str, Tensor]:
+        learner.step_weights = weights
+        learner.zero_grad()
+        learner.accumulate(tasks, chunk)
+        return {name: p.grad for name, p in learner.named_parameters() if p.grad is not None}
+
+    options: dict[str, Any] = {"loss": case.loss, "optimizer": mm.SGD(lr=case.rate), "steps": 3}
+    traced, eager = mm.maml(case.net(), execution="trace", **options), mm.maml(case.net(), **options)
+    counts = []
+    for weights in ([0.2, 0.3, 0.5], [0.1, 0.2, 0.7], [0.0, 0.3, 0.7], None):
+        assert helpers.error(gradient(traced, weights), gradient(eager, weights)) < 1e-12
+        counts.append(len(traced.programs))
+    assert counts == [1, 1, 2, 3]
+
+
 def test_learners_that_take_turns_have_programs_of_their_own() -> None:
     learners = [learner_of(net_of(seed=seed)) for seed in (0, 1)]
     learners += [learner_of(net_of(lambda _, h: h.relu(), seed=2)), learner_of(net_of(seed=3), adjoint=FORWARD)]
