@@ -86,12 +86,22 @@ def present(options: argparse.Namespace, measure: Callable[[argparse.Namespace],
         "settings": dict(found.settings),
         "headline": found.headline,
         "tables": [asdict(sheet) for sheet in found.sheets],
-        "data": dict(found.data),
+        "data": _rounded(found.data),
     }
     picture = options.out / f"{name}.png"
     _draw(found, picture)
-    _replace(options.out / f"{name}.json", json.dumps(content, indent=1, allow_nan=False) + "\n")
+    lines = (f"{json.dumps(key)}: {json.dumps(value, allow_nan=False)}" for key, value in content.items())
+    _replace(options.out / f"{name}.json", "{\n" + ",\n".join(lines) + "\n}\n")
     print(f"picture: {picture}")
+
+
+def _rounded(value: Any) -> Any:
+    """Numbers of eight digits: enough for a picture, and half the bytes."""
+    if isinstance(value, float):
+        return float(f"{value:.8g}")
+    if isinstance(value, Mapping):
+        return {name: _rounded(item) for name, item in value.items()}
+    return [_rounded(item) for item in value] if isinstance(value, (list, tuple)) else value
 
 
 def _typed(name: str) -> str:
