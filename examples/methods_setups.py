@@ -11,6 +11,8 @@ from torch import Tensor, nn
 
 import memmeta as mm
 
+Loss = Callable[[Tensor, Tensor], Tensor]
+PLAIN = {"MAML": "all", "FOMAML": "all", "ANIL": "last layer"}  # what the inner loop changes
 METHODS = ("MAML", "FOMAML", "ANIL", "Meta-SGD", "CAVIA", "Reptile", "iMAML")
 
 
@@ -88,22 +90,25 @@ def _linearly(share: float) -> float:
     return max(1.0 - share, 0.0)
 
 
+def _plain(method: str, net: nn.Module, head: str, loss: Loss, rate: float) -> mm.MetaLearner:
+    """MAML and its two simplifications: one step of gradient descent, of all or of the last layer ``head``."""
+    rule = mm.SGD(lr=rate)
+    if method == "ANIL":
+        return mm.anil(net, head=head, loss=loss, optimizer=rule, steps=1)
+    return (mm.fomaml if method == "FOMAML" else mm.maml)(net, loss=loss, optimizer=rule, steps=1)
+
+
 def sinusoid(method: str, rate: float = 1e-3) -> Setup:
     """A method on sine waves: inner rate 0.01 and one step (Finn et al. 2017, section 5.1) where its paper says nothing
     else; the outer optimiser is Adam."""
-    net = perceptron(1)
-    loss, once = F.mse_loss, {"optimizer": mm.SGD(lr=0.01), "steps": 1}
+    net, loss = perceptron(1), F.mse_loss
 
     def adam(learner: mm.MetaLearner, adapted: str = "all", evaluation_steps: int = 10) -> Setup:
         outer = torch.optim.Adam(learner.parameters(), lr=rate)
         return Setup(learner, outer, _constant, evaluation_steps, 10, adapted)
 
-    if method == "MAML":
-        return adam(mm.maml(net, loss=loss, **once))
-    if method == "FOMAML":
-        return adam(mm.fomaml(net, loss=loss, **once))
-    if method == "ANIL":
-        return adam(mm.anil(net, head="4", loss=loss, **once), "last layer")
+    if method in PLAIN:
+        return adam(_plain(method, net, "4", loss, 0.01), PLAIN[method])
     if method == "Meta-SGD":
         return adam(mm.meta_sgd(net, loss=loss, lr=0.01), evaluation_steps=1)
     if method == "CAVIA":
@@ -121,18 +126,13 @@ def letters(method: str, ways: int = 5, filters: int = 32, rate: float = 3e-3) -
     three in testing (Finn et al. 2017, appendix A.1) where its paper says nothing else; the outer optimiser is Adam,
     its rate annealed along a cosine."""
     net, loss = convolutions(ways, filters), F.cross_entropy
-    once = {"optimizer": mm.SGD(lr=0.4), "steps": 1}
 
     def adam(learner: mm.MetaLearner, adapted: str = "all", evaluation_steps: int = 3) -> Setup:
         outer = torch.optim.Adam(learner.parameters(), lr=rate)
         return Setup(learner, outer, _cosine, evaluation_steps, 1, adapted)
 
-    if method == "MAML":
-        return adam(mm.maml(net, loss=loss, **once))
-    if method == "FOMAML":
-        return adam(mm.fomaml(net, loss=loss, **once))
-    if method == "ANIL":
-        return adam(mm.anil(net, head="14", loss=loss, **once), "last layer")
+    if method in PLAIN:
+        return adam(_plain(method, net, "14", loss, 0.4), PLAIN[method])
     if method == "Meta-SGD":
         return adam(mm.meta_sgd(net, loss=loss, lr=0.4), evaluation_steps=1)
     if method == "CAVIA":

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import error
+from helpers import PROBLEMS, error
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -36,13 +36,7 @@ def mlp() -> nn.Sequential:
 
 
 def tasks(count: int = 3) -> list[mm.Task]:
-    generator = torch.Generator().manual_seed(1)
-
-    def batch() -> tuple[Tensor, Tensor]:
-        x, y = (torch.randn(5, n, generator=generator, dtype=torch.float64) for n in (3, 2))
-        return x, y
-
-    return [mm.Task(batch(), batch()) for _ in range(count)]
+    return [mm.Task(*pair) for pair in PROBLEMS["mlp"].tasks(count)]
 
 
 def loss_of(net: nn.Module, params: Tree, batch: tuple[Tensor, Tensor]) -> Tensor:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import error
+from helpers import PROBLEMS, error
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -24,13 +24,7 @@ def network() -> nn.Sequential:
 
 
 def tasks(count: int = 2) -> list[mm.Task]:
-    generator = torch.Generator().manual_seed(3)
-
-    def batch() -> tuple[Tensor, Tensor]:
-        x, y = (torch.randn(5, n, generator=generator, dtype=torch.float64) for n in (3, 2))
-        return x, y
-
-    return [mm.Task(batch(), batch()) for _ in range(count)]
+    return [mm.Task(*pair) for pair in PROBLEMS["mlp"].tasks(count)]
 
 
 def rates(net: nn.Module, value: float) -> dict[str, Tensor]:
