@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import sys
 import time
@@ -96,9 +97,9 @@ def present(options: argparse.Namespace, measure: Callable[[argparse.Namespace],
 
 
 def _rounded(value: Any) -> Any:
-    """Numbers of eight digits: enough for a picture, and half the bytes."""
+    """Numbers of eight digits, enough for a picture; null for what is not finite, which JSON can not write."""
     if isinstance(value, float):
-        return float(f"{value:.8g}")
+        return float(f"{value:.8g}") if math.isfinite(value) else None
     if isinstance(value, Mapping):
         return {name: _rounded(item) for name, item in value.items()}
     return [_rounded(item) for item in value] if isinstance(value, (list, tuple)) else value
