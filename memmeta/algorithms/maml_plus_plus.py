@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
@@ -146,7 +147,7 @@ def cosine_by_epoch(
     optimizer: torch.optim.Optimizer, *, epochs: int, iterations: int, least: float = 1e-5
 ) -> torch.optim.lr_scheduler.LRScheduler:
     """Cosine annealing of the outer rate (CA): that of ``CosineAnnealingLR(optimizer, epochs, eta_min=least)``, the
-    same through all ``iterations`` outer steps of an epoch; stepped once per outer step.
+    same through all ``iterations`` outer steps of an epoch; stepped once per outer step. A rate of 0 stays.
 
     Raises:
         InputError: no epochs or iterations.
@@ -156,12 +157,10 @@ def cosine_by_epoch(
 
     def share(rate: float) -> Callable[[int], float]:
         def at(step: int) -> float:
-            angle = torch.pi * min(step // iterations, epochs) / epochs
-            return (
-                least + (rate - least) * (1 + torch.cos(torch.tensor(angle, dtype=torch.float64)).item()) / 2
-            ) / rate
+            angle = math.pi * min(step // iterations, epochs) / epochs
+            return (least + (rate - least) * (1 + math.cos(angle)) / 2) / rate
 
-        return at
+        return at if rate else lambda step: 1.0
 
     return LambdaLR(optimizer, [share(group["lr"]) for group in optimizer.param_groups])
 

@@ -8,7 +8,7 @@ from dataclasses import replace
 import character_adaptation
 import pytest
 import torch
-from character_adaptation import MAML, PRE, Setting
+from character_adaptation import MAML_SGD, PRE, Setting
 from character_transformer import Transformer, next_character
 from library_texts import CHARACTERS, SPLITS, Passages, characters, library, tokens
 
@@ -108,10 +108,10 @@ def test_the_rate_that_is_chosen_adapts_best() -> None:
 def test_maml_adapts_better_than_the_weights_that_it_starts_from() -> None:
     study = character_adaptation.trained(TINY)
     source = TINY.source("test")
-    found = {name: character_adaptation.adaptation(study.learners[name], source, 1) for name in (PRE, MAML)}
-    gain, margin = found[MAML].gain(found[PRE])
+    found = {name: character_adaptation.adaptation(study.learners[name], source, 1) for name in (PRE, MAML_SGD)}
+    gain, margin = found[MAML_SGD].gain(found[PRE])
     assert gain > margin > 0
     for one in found.values():
         assert one.interval(TINY.steps)[0] < one.interval(0)[0]
-    assert len(study.training[MAML]) == TINY.outer_steps
+    assert len(study.training[MAML_SGD]) == TINY.outer_steps
     assert statistics.fmean(study.training[PRE][-5:]) < statistics.fmean(study.training[PRE][:5])
