@@ -244,7 +244,8 @@ def _report(shown: Display, summary: Mapping[str, Any], inner_steps: int, experi
     if summary["memory"] is not None:
         shown.note(_memory(summary["memory"], experiment.chunk))
     if summary["workers"]:
-        peaks = ", ".join(f"{name} {in_bytes(peak)}" for name, peak in summary["workers"].items())
+        found = sorted(summary["workers"].items(), key=lambda worker: (len(worker[0]), worker[0]))  # 2 before 10
+        peaks = ", ".join(f"{name} {in_bytes(peak)}" for name, peak in found)
         shown.note(f"peak memory of the workers: {peaks}")
 
 
