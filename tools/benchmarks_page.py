@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -62,14 +63,14 @@ def table(sheet: Sheet) -> str:
     return "\n".join([*lines, *([""] if notes else []), *notes])
 
 
-def main() -> None:
-    """Write the page, or exit with 1 where it is not up to date."""
-    text = PAGE.read_text()
+def put(page: Path, filled: Callable[[str], str], tool: str) -> None:
+    """Write a page anew; with ``--check`` exit with 1 where it is not up to date, and write nothing."""
+    text = page.read_text()
     wanted = filled(text)
     if "--check" in sys.argv[1:]:
-        sys.exit(0 if wanted == text else f"{PAGE.relative_to(ROOT)} is not up to date: run tools/benchmarks_page.py")
-    PAGE.write_text(wanted)
+        sys.exit(0 if wanted == text else f"{page.relative_to(ROOT)} is not up to date: run {tool}")
+    page.write_text(wanted)
 
 
 if __name__ == "__main__":
-    main()
+    put(PAGE, filled, "tools/benchmarks_page.py")

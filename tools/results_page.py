@@ -10,11 +10,10 @@ from __future__ import annotations
 
 import json
 import re
-import sys
 from pathlib import Path
 from typing import Any
 
-from benchmarks_page import machine, table
+from benchmarks_page import machine, put, table
 
 from memmeta_bench.tables import Sheet
 
@@ -47,14 +46,5 @@ def section(name: str) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def main() -> None:
-    """Write the page, or exit with 1 where it is not up to date."""
-    text = PAGE.read_text()
-    wanted = filled(text)
-    if "--check" in sys.argv[1:]:
-        sys.exit(0 if wanted == text else f"{PAGE.relative_to(ROOT)} is not up to date: run tools/results_page.py")
-    PAGE.write_text(wanted)
-
-
 if __name__ == "__main__":
-    main()
+    put(PAGE, filled, "tools/results_page.py")
