@@ -45,7 +45,7 @@ class Setting:
     layers: int = 2
     width: int = 64
     steps: int = 5  # T
-    pretraining: int = 4000  # steps of one task's two passages each
+    pretraining: int = 12000  # steps of one task's two passages each
     outer_steps: int = 100
     meta_batch: int = 3
     tuned_on: int = 1  # passages of each validation source
@@ -73,7 +73,7 @@ QUICK = Setting(
 PRE, TEXT, COMPUTE = "pre-trained", "plain, as much text", "plain, as many gradients"
 MAML, MAML_SGD = "MAML; Adam", "MAML; SGD"  # by the inner rule
 BORROWED = "; MAML's rates"  # plainly trained weights with the inner rates that MAML learned
-FIRST_RATE, LATER_RATE, MAML_RATE = 3e-3, 1.5e-3, 1e-3  # of Adam, annealed to zero along a cosine
+FIRST_RATE, LATER_RATE, MAML_RATE = 3e-3, 1.5e-3, 3e-4  # of Adam, annealed to zero along a cosine
 SHARE = 0.1  # of an inner rate, by which the outer Adam may move it
 
 

@@ -11,21 +11,24 @@ from showing import COLOURS, STYLES
 
 
 def draw(figure: Figure, data: Mapping[str, Any]) -> None:
-    """Bits per character against adaptation step, and against gradients in training."""
+    """Bits per character against adaptation step, and against gradients in training.
+
+    Of what adapts by gradient descent only the pre-trained network is shown: the rest is in the table.
+    """
     left, right = figure.subplots(1, 2)
-    # More curves than colours: the same colour comes back in another style.
-    each = zip(COLOURS * 2, (*STYLES, *STYLES[1:], STYLES[0]), strict=True)
-    looks = dict(zip(data["curves"], each, strict=False))
-    for name, curve in data["curves"].items():
+    curves = {name: curve for name, curve in data["curves"].items() if "; SGD" not in name}
+    looks = dict(zip(curves, zip(COLOURS, STYLES, strict=True), strict=False))
+    for name, curve in curves.items():
         colour, style = looks[name]
         left.plot([mean for mean, _ in curve], color=colour, linestyle=style, marker=".", label=name)
     left.set(xlabel="adaptation step t", ylabel="bits per character", title="Modules never seen: mean over sources")
-    left.set_xticks(range(max(map(len, data["curves"].values()))))
+    left.set_xticks(range(max(map(len, curves.values()))))
+    first, *_ = data["training"]
     for name, curve in data["training"].items():
-        colour, style = (
-            looks[name] if name in looks else looks[next(other for other in looks if other.startswith(name))]
-        )
-        right.plot(data["places"][name], smoothed(curve), color=colour, linestyle=style)
+        look = next((looks[other] for other in looks if other.startswith(name)), None)
+        if look is not None:
+            right.plot(data["places"][name], smoothed(curve), color=look[0], linestyle=look[1])
+    right.set_ylim(top=1.1 * smoothed(data["training"][first])[len(data["training"][first]) // 10])
     right.set(xlabel="gradients, in plain training steps", ylabel="bits per character")
     right.set_title("In training: running mean (of MAML, after adaptation)")
     figure.legend(loc="outside lower center", ncols=3)

@@ -24,11 +24,11 @@ class Setting:
     """What the images are learned with."""
 
     sizes: tuple[int, ...] = (64, 10)
-    steps: int = 200
+    steps: int = 60
     rate: float = 0.1
     momentum: float = 0.9
-    outer_steps: int = 150
-    outer_rate: float = 0.1
+    outer_steps: int = 300
+    outer_rate: float = 0.05
     tests: int = 10
 
 
