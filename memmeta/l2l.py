@@ -14,7 +14,7 @@ from __future__ import annotations
 import abc
 import contextlib
 import dataclasses
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -76,7 +76,7 @@ class Cloneable(nn.Module, abc.ABC):
 
 class MAML(Cloneable):
     """``learn2learn.algorithms.MAML``, with one rate for all steps: a number, or as ``mm.SGD(lr=)`` takes it but for
-    one per step. A rate that is an ``nn.Parameter`` is learned."""
+    one per step. A rate that is an ``nn.Parameter`` is learned; those of a dict are in ``lrs``, too."""
 
     def __init__(self, model: nn.Module, lr: Hyper, first_order: bool = False, *, adapt: Selection = "all") -> None:
         super().__init__(model, first_order, adapt)
@@ -85,6 +85,8 @@ class MAML(Cloneable):
                 f"lr= has shape {list(lr.shape)}: write a number, a 0-d tensor, or a dict from parameter names to those"
             )
         self.lr = lr
+        if isinstance(lr, Mapping):
+            self.lrs = nn.ParameterList(rate for rate in lr.values() if isinstance(rate, nn.Parameter))
         SGD(lr=lr).bind(self._problem.adapted(), _MANY)
 
     def rates(self) -> Hyper:
@@ -171,8 +173,8 @@ class Clone:
             )
         stage = self._stage
         # A closure that held this clone would be held by the graph of the clone's weights: a cycle that no collector
-        # finds. With the weights in their places, what was cloned is the same network.
-        again = frozen(closure, {id(self): stage.owner})
+        # finds. With the weights in their places, a clone without any is the same network.
+        again = frozen(closure, {id(self): _Played(stage.owner)})
         rollout = stage.rollout(again, self._steps, self._params, self._buffers, list(self._modes))
         solution = Recomputed(stage.first_order if first_order is None else first_order).solve(rollout)
         self._params, self._buffers = attach(solution, rollout.leaves), solution.buffers
@@ -205,6 +207,30 @@ class Clone:
     def parameters(self) -> Iterator[Tensor]:
         """The network's parameters, with the weights of now."""
         return (param for _, param in self.named_parameters())
+
+
+@dataclass(frozen=True)
+class _Played:
+    """A clone in the closure of its own step: its weights are in the network's places."""
+
+    owner: Cloneable
+
+    def __call__(self, *inputs: Any, **options: Any) -> Any:
+        return self.owner(*inputs, **options)
+
+    def named_parameters(self) -> Iterator[tuple[str, Tensor]]:
+        return iter(list(self.owner.module.named_parameters()))
+
+    def parameters(self) -> Iterator[Tensor]:
+        return (param for _, param in self.named_parameters())
+
+    def __getattr__(self, name: str) -> Any:
+        if name not in vars(Clone):
+            raise AttributeError(name)
+        raise InputError(
+            f"in the closure of a clone's step the clone can be called, and has parameters() and named_parameters(): "
+            f"do what needs .{name} before or after adapt()"
+        )
 
 
 @dataclass

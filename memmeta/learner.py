@@ -88,10 +88,15 @@ class MetaLearner(nn.Module):
     ) -> None:
         super().__init__()
         check_steps(steps, 1)
+        adjoint = Stepwise() if adjoint is None else adjoint
+        if not isinstance(optimizer, InnerOptimizer):
+            raise InputError(f"optimizer= is {_kind(optimizer)}: write an inner optimizer of memmeta, mm.SGD(lr=0.1)")
+        if not isinstance(adjoint, Adjoint):
+            raise InputError(f"adjoint= is {_kind(adjoint)}: write an adjoint, mm.Stepwise()")
         self.net = problem.net
         self.problem = problem
         self.steps = steps
-        self.adjoint = Stepwise() if adjoint is None else adjoint
+        self.adjoint = adjoint
         self.step_weights = step_weights
         optimizer.bind(problem.adapted(), steps)
         self._optimizer = optimizer
@@ -313,6 +318,10 @@ class MetaLearner(nn.Module):
 
     def _device(self) -> torch.device:
         return next(self.net.parameters()).device
+
+
+def _kind(value: object) -> str:
+    return f"the class {value.__name__}" if isinstance(value, type) else f"a {type(value).__qualname__}"
 
 
 def _key(name: str) -> str:

@@ -83,7 +83,15 @@ def _as_task(given: AnyTask) -> Task:
 def scores_of(
     group: list[Placed], values: dict[str, Tensor], status: Mapping[str, float] = MappingProxyType({})
 ) -> list[TaskScore]:
-    """One score for each task of a chunk, from values of shape () or (C,)."""
+    """One score for each task of a chunk, from values of shape () or (C,).
+
+    Raises:
+        InputError: a metric that is more than one number for a task.
+    """
+    for name, value in values.items():
+        if value.numel() != len(group):
+            shape = list(value.shape) if len(group) == 1 else list(value.shape[1:])
+            raise InputError(f"the metric {name!r} must be a scalar, got shape {shape}: take its .mean() or .sum()")
     columns = {name: per_task(value) for name, value in values.items()}
     return [
         TaskScore(placed.task.address, {name: column[i] for name, column in columns.items()}, dict(status))

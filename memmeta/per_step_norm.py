@@ -7,6 +7,7 @@ import copy
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from .clock import inner_step
 from .errors import InputError
@@ -43,7 +44,7 @@ class PerStepBatchNorm(nn.Module):
             raise InputError(f"PerStepBatchNorm takes the place of a torch.nn.BatchNorm, got {type(norm).__name__}")
         if norm.momentum is None:
             raise InputError("PerStepBatchNorm needs a momentum, and the norm has momentum=None: write BatchNorm2d(f)")
-        if steps < 1:
+        if not isinstance(steps, int) or isinstance(steps, bool) or steps < 1:
             raise InputError(f"PerStepBatchNorm(steps={steps!r}): write the number of inner steps, at least 1")
         self.steps, self.momentum, self.eps = steps, norm.momentum, norm.eps
         for name in ("weight", "bias"):
@@ -74,17 +75,22 @@ def with_per_step_norms(net: nn.Module, steps: int, *, statistics: bool = True, 
     """A copy of ``net`` in which a ``PerStepBatchNorm`` stands for every BatchNorm1d, 2d and 3d, under the same names.
 
     A norm that the network uses in several places stays one.
+
+    Raises:
+        InputError: another batch norm than torch's three, a subclass of them among these.
     """
     made: dict[int, nn.Module] = {}
 
     def replaced(module: nn.Module) -> nn.Module:
-        if isinstance(module, _KINDS):
+        if type(module) in _KINDS:
             if id(module) not in made:
                 made[id(module)] = PerStepBatchNorm(module, steps, statistics=statistics, weights=weights)
             return made[id(module)]
+        if isinstance(module, _BatchNorm):
+            raise InputError(f"the network has a {type(module).__name__}, which has no norm per step: use BatchNorm2d")
         for parent in module.modules():
             for name, child in parent._modules.items():
-                if isinstance(child, _KINDS):
+                if isinstance(child, _BatchNorm):
                     parent._modules[name] = replaced(child)
         return module
 

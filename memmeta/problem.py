@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import trees
 from .errors import InputError, UnsupportedError
 from .microbatch import Reduction
 from .padding import ExactPadding
@@ -61,6 +60,12 @@ class Problem:
     reduction: Reduction = "mean"
 
     def __post_init__(self) -> None:
+        if not isinstance(self.net, nn.Module):
+            raise InputError(f"the network must be an nn.Module, got {type(self.net).__name__}")
+        for name, loss in (("inner", self.inner_loss), ("outer", self.outer_loss)):
+            loss = loss.loss if isinstance(loss, Supervised) else loss
+            if not callable(loss):
+                raise InputError(f"the {name} loss must be a function, got {type(loss).__name__}: F.cross_entropy")
         for name, module in self.net.named_modules():
             if isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
                 _refuse_impure(name or type(module).__name__, module)
@@ -183,8 +188,9 @@ class BoundProblem:
         """The outer loss with these weights, shape (), and its metrics (detached)."""
         with FastPooling() if self.pooling else contextlib.nullcontext():
             value = self._call(self.problem.outer_loss, params, meta, buffers, batch)
-        loss, metrics = value if isinstance(value, tuple) else (value, {})
-        return check_scalar(loss, "outer loss"), trees.detach(metrics)
+        loss, metrics = _parts(value) if isinstance(value, tuple) else (value, {})
+        loss = check_scalar(loss, "outer loss")
+        return loss, {name: torch.as_tensor(x, device=loss.device).detach() for name, x in metrics.items()}
 
     def holding(self, params: Tensors, meta: Tensors, buffers: Tensors) -> contextlib.AbstractContextManager[None]:
         """The network with these weights, for a backward: checkpointed layers run again then; ``buffers`` stay."""
@@ -303,6 +309,14 @@ def _refuse_impure(name: str, module: nn.Embedding | nn.EmbeddingBag) -> None:
         )
     if module.sparse:
         raise UnsupportedError(f"{name} gives sparse gradients, which inner steps can't be made of: set sparse=False")
+
+
+def _parts(value: tuple[Any, ...]) -> tuple[Any, Mapping[str, Any]]:
+    """An outer loss's loss and metrics."""
+    if len(value) != 2 or not isinstance(value[1], Mapping):
+        kinds = ", ".join(type(part).__name__ for part in value)
+        raise InputError(f'the outer loss returned ({kinds}): return the loss, or (loss, {{"name": metric}})')
+    return value[0], value[1]
 
 
 def check_scalar(value: Any, what: str) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -97,6 +98,9 @@ def test_meta_sgds_rates_are_drawn_between_the_papers_bounds() -> None:
     assert all(bool((rate == rate.flatten()[0]).all()) for rate in learner.hyper.values())
     with pytest.raises(mm.InputError, match=r"lr=\(0.2, 0.1\): write the smaller bound first"):
         mm.meta_sgd(mlp(), loss=F.mse_loss, lr=(0.2, 0.1))
+    for wrong in ([0.1, 0.2], (0.1,), math.nan, "0.1"):
+        with pytest.raises(mm.InputError, match=r"write a number, or the pair \(low, high\)"):
+            mm.meta_sgd(mlp(), loss=F.mse_loss, lr=wrong)  # pyright: ignore[reportArgumentType]
 
 
 @pytest.mark.parametrize("chunk", [1, 3])

@@ -167,6 +167,53 @@ def test_no_steps_are_the_initial_parameters() -> None:
         learner_of(steps=2, optimizer=mm.SGD(torch.full((2,), 0.1))).evaluate([task], steps=5)
 
 
+@pytest.mark.parametrize("chunk", [1, 2])
+def test_a_metric_is_one_number_for_each_task(chunk: int) -> None:
+    def learner(metric: Any) -> mm.MetaLearner:
+        return mm.maml(mlp().double(), loss=F.mse_loss, optimizer=mm.SGD(0.1), steps=1, metrics={"own": metric})
+
+    count = pairs(1)[0].query[1].numel()
+    each = learner(lambda prediction, target: (prediction - target).square())
+    for act in (each.evaluate, each.accumulate):
+        with pytest.raises(mm.InputError, match=r"the metric 'own' must be a scalar, got shape \[.*take its .mean"):
+            act(pairs(2), chunk=chunk)
+    report = learner(lambda prediction, target: float(target.numel())).evaluate(pairs(2), chunk=chunk)
+    assert [task.values["own"] for task in report.tasks] == [count, count]
+
+
+@pytest.mark.parametrize("made", [lambda x: (x,), lambda x: (x, x, {}), lambda x: (x, None)])
+def test_an_outer_loss_returns_a_loss_or_a_loss_and_metrics(made: Any) -> None:
+    def loss(net: nn.Module, batch: Any) -> Any:
+        return made(F.mse_loss(net(batch[0]), batch[1]))
+
+    problem = mm.Problem(mlp().double(), mm.Supervised(F.mse_loss), loss)
+    learner = mm.MetaLearner(problem, optimizer=mm.SGD(0.1), steps=1)
+    for act in (learner.evaluate, learner.accumulate):
+        with pytest.raises(mm.InputError, match=r"the outer loss returned \(Tensor.*: return the loss, or \(loss, "):
+            act(pairs(1))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"optimizer": mm.SGD}, "optimizer= is the class SGD: write an inner optimizer of memmeta"),
+        ({"optimizer": torch.optim.SGD([torch.zeros(1)], lr=0.1)}, "optimizer= is a SGD: write an inner optimizer"),
+        ({"adjoint": mm.FirstOrder}, "adjoint= is the class FirstOrder: write an adjoint"),
+    ],
+)
+def test_what_is_no_optimizer_or_adjoint(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(mm.InputError, match=message):
+        learner_of(**options)
+
+
+def test_what_is_no_network_or_loss() -> None:
+    net: Any = None
+    with pytest.raises(mm.InputError, match=r"must be an nn\.Module, got NoneType"):
+        mm.maml(net, loss=F.mse_loss, optimizer=mm.SGD(0.1), steps=1)
+    with pytest.raises(mm.InputError, match="the inner loss must be a function, got NoneType"):
+        mm.maml(mlp(), loss=net, optimizer=mm.SGD(0.1), steps=1)
+
+
 @pytest.mark.parametrize("weights", [[1.0], [0.5] * 4, [], 1.0, ["a", "b", "c"], [0, math.nan, 1], [1, 1, math.inf]])
 def test_bad_step_weights(weights: Any) -> None:
     with pytest.raises(mm.InputError, match="step_weights"):

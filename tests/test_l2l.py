@@ -284,6 +284,24 @@ sum(errors).backward()
     same(gradients(maml), ours(mm.l2l.MAML(made(mlp), lr=RATE), 1), 1e-12)
 
 
+def test_a_local_variable_named_like_an_attribute_leaves_globals_kept() -> None:
+    """``weight`` is a variable of the closure that its generator reads, and the name of an attribute."""
+    script = """
+for task in range(2):
+    x, y, xq, yq = data(task)
+    learner = maml.clone()
+    def closure():
+        weight = 0.0
+        return F.cross_entropy(learner(x), y) + sum(weight * v for v in [net[0].weight.detach().sum()])
+    learner.adapt(closure)
+    errors.append(F.cross_entropy(learner(xq), yq))
+sum(errors).backward()
+"""
+    maml = mm.l2l.MAML(made(mlp), lr=RATE)
+    exec(script, {"data": data, "maml": maml, "net": made(mlp), "F": F, "errors": []})
+    same(gradients(maml), ours(mm.l2l.MAML(made(mlp), lr=RATE), 1), 1e-12)
+
+
 def test_what_a_closure_assigns_arrives() -> None:
     learner, last = mm.l2l.MAML(made(mlp), lr=RATE).clone(), torch.zeros(())
     x, y, _, _ = data(0)
@@ -407,6 +425,67 @@ def test_a_clone_of_a_clone_goes_on_by_itself() -> None:
     wanted = branched(l2l.algorithms.MAML(made(mlp), lr=RATE), lambda one, x, y: one.adapt(F.cross_entropy(one(x), y)))
     found = branched(mm.l2l.MAML(made(mlp), lr=RATE), lambda one, x, y: one.adapt(lambda: F.cross_entropy(one(x), y)))
     same(found, wanted)
+
+
+class Holder:
+    """What hides a clone from those who look at a closure's variables."""
+
+    def __init__(self, clone: mm.l2l.Clone) -> None:
+        self.clone = clone
+
+
+@pytest.mark.parametrize("kind", ["MAML", "learned rate", "MetaSGD"])
+def test_parameters_in_the_closure_are_the_clones(kind: str) -> None:
+    """By name, without the learned rates, and the same as when the clone is reached through an object."""
+    x, y, xq, yq = data(0)
+    losses = []
+    for hidden in (False, True):
+        if kind == "MetaSGD":
+            maml: Any = mm.l2l.MetaSGD(made(mlp), lr=RATE)
+        else:
+            maml = mm.l2l.MAML(made(mlp), lr=nn.Parameter(torch.tensor(RATE)) if kind == "learned rate" else RATE)
+        learner = maml.clone()
+        first, _ = next(maml.module.named_parameters())
+
+        def penalty(clone: mm.l2l.Clone, first: str = first) -> Any:
+            named = [p.square().sum() for name, p in clone.named_parameters() if name == first]
+            return 2 * sum(named) + sum(p.square().sum() for p in clone.parameters())
+
+        if hidden:
+            held = Holder(learner)
+            learner.adapt(lambda: F.cross_entropy(held.clone(x), y) + penalty(held.clone))  # noqa: B023
+        else:
+            learner.adapt(lambda: F.cross_entropy(learner(x), y) + penalty(learner))  # noqa: B023
+        losses.append(F.cross_entropy(learner(xq), yq))
+        losses[-1].backward()
+        losses.append(next(maml.module.parameters()).grad)
+    same(losses[:2], losses[2:], 1e-14)
+    plain = mm.l2l.MAML(made(mlp), lr=RATE).clone()
+    plain.adapt(lambda: F.cross_entropy(plain(x), y))
+    assert abs(F.cross_entropy(plain(xq), yq).item() - losses[0].item()) > 1e-3
+
+
+@pytest.mark.parametrize("name", ["adapt", "clone", "train", "eval"])
+def test_what_a_clone_can_not_do_in_its_own_closure(name: str) -> None:
+    learner = mm.l2l.MAML(made(mlp), lr=RATE).clone()
+    x, y, _, _ = data(0)
+    with pytest.raises(mm.InputError, match=f"in the closure of a clone's step .* needs .{name} before or after"):
+        learner.adapt(lambda: F.cross_entropy(learner(x), y) + getattr(learner, name)(None))
+
+
+def test_learned_rates_by_name_are_parameters() -> None:
+    net = made(mlp)
+    rates = {name: nn.Parameter(torch.tensor(RATE)) for name, _ in net.named_parameters()}
+    maml = mm.l2l.MAML(net, lr=rates)
+    outer = torch.optim.SGD(maml.parameters(), lr=1.0)
+    ours(maml, 1, tasks=1)
+    outer.step()
+    assert {id(rate) for rate in rates.values()} <= {id(p) for p in maml.parameters()}
+    assert any(rate.item() != RATE for rate in rates.values())
+    again = mm.l2l.MAML(made(mlp), lr={name: nn.Parameter(torch.zeros(())) for name in rates})
+    again.load_state_dict(maml.state_dict())
+    assert isinstance(again.lr, dict)
+    assert [again.lr[name].item() for name in rates] == [rate.item() for rate in rates.values()]
 
 
 def test_parameters_are_those_of_the_moment() -> None:

@@ -226,6 +226,8 @@ def test_annealing_sets_weights_and_order_by_epoch() -> None:
     assert learner.step_weights == [0, 0, 1]
     with pytest.raises(mm.InputError, match=r"Annealing\(iterations=0\): write a whole number of at least 1"):
         mm.Annealing(iterations=0)
+    with pytest.raises(mm.InputError, match=r"Annealing\(exact=.*write an adjoint, mm.Stepwise\(\)"):
+        mm.Annealing(exact=mm.Stepwise)  # pyright: ignore[reportArgumentType]
 
 
 def test_cosine_by_epoch_is_torchs_schedule() -> None:
@@ -244,6 +246,30 @@ def test_cosine_by_epoch_is_torchs_schedule() -> None:
         reference.step()
     assert ours.param_groups[0]["lr"] == pytest.approx(1e-5)
     assert rates == sorted(rates, reverse=True)
+
+
+def test_cosine_by_epoch_with_a_tensor_rate_and_from_a_loaded_state() -> None:
+    weight = nn.Parameter(torch.zeros(1))
+    optimizer = torch.optim.Adam([weight], lr=torch.tensor(1e-3, dtype=F64))
+    schedule = mm.cosine_by_epoch(optimizer, epochs=3, iterations=1)
+    rates = []
+    for _ in range(4):
+        rates.append(float(optimizer.param_groups[0]["lr"]))
+        optimizer.step()
+        schedule.step()
+    assert rates == pytest.approx([1e-5 + 0.5 * (1e-3 - 1e-5) * (1 + math.cos(math.pi * e / 3)) for e in range(4)])
+    later = torch.optim.Adam([weight], lr=1.0)
+    first = torch.optim.Adam([weight], lr=1e-3)
+    halfway = mm.cosine_by_epoch(first, epochs=3, iterations=1)
+    first.step()
+    halfway.step()
+    later.load_state_dict(first.state_dict())
+    resumed = mm.cosine_by_epoch(later, epochs=3, iterations=1)
+    resumed.load_state_dict({**halfway.state_dict(), "lr_lambdas": [None]})
+    for _ in range(2):
+        later.step()
+        resumed.step()
+    assert float(later.param_groups[0]["lr"]) == pytest.approx(1e-5)
 
 
 def test_evaluation_mode_normalises_by_the_statistics_of_the_step() -> None:
@@ -281,11 +307,28 @@ def test_a_norm_in_two_places_stays_one() -> None:
         (nn.BatchNorm2d(3, momentum=None), 2, "has momentum=None: write"),
         (nn.LayerNorm(3), 2, "got LayerNorm"),
         (nn.BatchNorm2d(3), 0, r"PerStepBatchNorm\(steps=0\)"),
+        (nn.BatchNorm2d(3), True, r"PerStepBatchNorm\(steps=True\)"),
     ],
 )
 def test_what_can_t_be_a_per_step_norm_is_refused(module: nn.Module, steps: int, message: str) -> None:
     with pytest.raises(mm.InputError, match=message):
         mm.PerStepBatchNorm(module, steps)
+
+
+class Renamed(nn.BatchNorm2d):
+    """A batch norm that may do something else in its forward."""
+
+
+@pytest.mark.parametrize("norm", [Renamed(3), nn.SyncBatchNorm(3)], ids=["subclass", "sync"])
+def test_other_batch_norms_are_refused(norm: nn.Module) -> None:
+    with pytest.raises(mm.InputError, match=f"the network has a {type(norm).__name__}, which has no norm per step"):
+        mm.maml_plus_plus(nn.Sequential(nn.Conv2d(1, 3, 3), norm, nn.Flatten()), loss=F.cross_entropy, steps=N)
+
+
+@pytest.mark.parametrize(("epoch", "steps"), [(0, 0), (-1, 5)])
+def test_weights_of_no_epoch_are_refused(epoch: int, steps: int) -> None:
+    with pytest.raises(mm.InputError, match="write epoch >= 0 and steps >= 1"):
+        mm.multi_step_weights(epoch, steps, 15)
 
 
 def test_statistics_move_step_by_step_in_order() -> None:
@@ -371,9 +414,28 @@ def test_an_ensemble_averages_the_logits_of_its_best_states() -> None:
         ensemble.evaluate([])
 
 
-def test_an_ensemble_needs_predictions_and_members() -> None:
-    with pytest.raises(mm.InputError, match="at least 1"):
-        mm.Ensemble(learner_of(), size=0)
+def test_an_ensembles_members_are_copies_and_have_scores() -> None:
+    learner, batch = learner_of(), tasks()
+    ensemble = mm.Ensemble(learner, size=2, states=[(0.5, learner.state_dict())])
+    before = ensemble.evaluate(batch).mean("loss")
+    with torch.no_grad():
+        for p in learner.parameters():
+            p.add_(0.1)
+    assert ensemble.evaluate(iter(batch)).mean("loss") == before
+    assert not ensemble.offer(math.nan)
+    assert [ensemble.offer(score) for score in (0.1, math.nan, 0.6, 0.2)] == [True, False, True, False]
+    assert ensemble.scores == [0.6, 0.5]
+    with pytest.raises(mm.InputError, match="score is NaN; leave it out"):
+        mm.Ensemble(learner, states=[(math.nan, learner.state_dict())])
+
+
+@pytest.mark.parametrize("size", [0, 2.5, "3", True])
+def test_an_ensembles_size_is_a_number_of_members(size: Any) -> None:
+    with pytest.raises(mm.InputError, match="write the number of members, at least 1"):
+        mm.Ensemble(learner_of(), size=size)
+
+
+def test_an_ensemble_needs_predictions() -> None:
 
     def loss(net: nn.Module, batch: Any) -> Tensor:
         return net(batch[0]).square().mean()

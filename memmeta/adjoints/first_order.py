@@ -26,8 +26,9 @@ class FirstOrder(Adjoint):
     Attributes:
         rates: take the inner gradients for constants instead, and differentiate the update rule alone: learned
             learning rates, momenta and decays then get that part of their gradient (as in first-order Meta-SGD, and in
-            MAML++ before its second order sets in). Memory where there are such: two copies of what is adapted per
-            step, and the rule's slots.
+            MAML++ before its second order sets in), and the initial values the factor that weight decay leaves of
+            them. Where the rule learns nothing it is as without. Memory where it does: two copies of what is adapted
+            per step, and the rule's slots.
     """
 
     rates: bool = False

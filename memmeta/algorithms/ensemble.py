@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -15,6 +16,7 @@ from ..episode import Episode, check_steps
 from ..errors import InputError
 from ..learner import MetaLearner
 from ..metabatch import AnyTask, Options, Placed, placed_tasks
+from ..places import copied
 from ..problem import Supervised
 from ..report import Report, TaskScore
 
@@ -38,7 +40,7 @@ class Ensemble:
     """
 
     def __init__(self, learner: MetaLearner, size: int = 5, states: Iterable[tuple[float, State]] = ()) -> None:
-        if size < 1:
+        if not isinstance(size, int) or isinstance(size, bool) or size < 1:
             raise InputError(f"Ensemble(size={size!r}): write the number of members, at least 1")
         if not isinstance(learner.problem.outer_loss, Supervised):
             raise InputError(
@@ -49,7 +51,7 @@ class Ensemble:
         self._scored: Supervised = learner.problem.outer_loss
         self._members: list[tuple[float, State]] = []
         for score, state in states:
-            self._take(score, state)
+            self._take(score, copied(dict(state)))
 
     @property
     def scores(self) -> list[float]:
@@ -58,10 +60,10 @@ class Ensemble:
 
     def offer(self, score: float) -> bool:
         """Keep a copy of the learner's present state if ``score`` (validation accuracy, the higher the better) is
-        among the best; whether it was kept. Of equal scores the earlier stays."""
-        if len(self._members) == self.size and not score > self._members[-1][0]:
+        among the best; whether it was kept. Of equal scores the earlier stays; NaN, a diverged epoch's, is none."""
+        if math.isnan(score) or (len(self._members) == self.size and not score > self._members[-1][0]):
             return False
-        self._take(score, {name: x.detach().clone() for name, x in self.learner.state_dict().items()})
+        self._take(score, copied(self.learner.state_dict()))
         return True
 
     def best(self, size: int) -> Ensemble:
@@ -69,12 +71,12 @@ class Ensemble:
         return Ensemble(self.learner, size, self._members)
 
     def evaluate(
-        self, tasks: Sequence[AnyTask], *, steps: int | None = None, chunk: int = 1, seed: int | None = None
+        self, tasks: Iterable[AnyTask], *, steps: int | None = None, chunk: int = 1, seed: int | None = None
     ) -> Report:
         """The loss and metrics of the mean logits on each task's query set; ``report.interval("accuracy")``.
 
         Args:
-            tasks: ``Task``s or pairs (support, query); gone through once per member.
+            tasks: ``Task``s or pairs (support, query); a member goes through all of them, so they are kept.
             steps: inner steps, as many as in training if not given.
             chunk: how many tasks are stacked.
             seed: as in ``MetaLearner.accumulate``; modes are used as they are.
@@ -86,6 +88,7 @@ class Ensemble:
             raise InputError("this ensemble has no members: call offer(score) after an epoch of training")
         steps = self.learner.steps if steps is None else steps
         check_steps(steps, 0)
+        tasks = list(tasks)
         sums: list[Tensor] = []
         for _, state in self._members:
             with self._holding(state):
@@ -115,11 +118,13 @@ class Ensemble:
         return TaskScore(placed.task.address, {name: float(value) for name, value in values.items()})
 
     def _take(self, score: float, state: State) -> None:
+        if math.isnan(score):
+            raise InputError("Ensemble(states=): a member's score is NaN; leave it out")
         self._members = sorted([*self._members, (score, state)], key=lambda member: -member[0])[: self.size]
 
     @contextlib.contextmanager
     def _holding(self, state: State) -> Iterator[None]:
-        before = {name: x.detach().clone() for name, x in self.learner.state_dict().items()}
+        before = copied(self.learner.state_dict())
         self.learner.load_state_dict(state)
         try:
             yield

@@ -60,7 +60,7 @@ def maml_plus_plus(
         steps: N, the number of inner steps.
         lr: alpha at the start, of every tensor and step.
         learned_rates: LSLR: one vector of shape (N+1,) per adapted tensor, as in the reference; the last entry is
-            never read. Entries may become negative.
+            not read in training, and never learned: evaluate with at most N steps. Entries may become negative.
         per_step_statistics: BNRS.
         per_step_weights: BNWB; otherwise gamma and beta are shared by the steps.
         adapt: what the inner loop changes, see ``mm.Problem``; never gamma and beta.
@@ -99,7 +99,12 @@ def multi_step_weights(epoch: int, steps: int, epochs: int) -> list[float]:
         epoch: e.
         steps: N.
         epochs: E; 0 for no multi-step loss.
+
+    Raises:
+        InputError: no steps; a negative epoch.
     """
+    if steps < 1 or epoch < 0:
+        raise InputError(f"multi_step_weights(epoch={epoch!r}, steps={steps!r}): write epoch >= 0 and steps >= 1")
     if epoch >= epochs:
         return [0.0] * (steps - 1) + [1.0]
     even, gone = 1 / steps, epoch / (steps * epochs)
@@ -133,6 +138,9 @@ class Annealing:
             if not isinstance(value, int) or isinstance(value, bool) or value < least:
                 raise InputError(f"Annealing({name}={value!r}): write a whole number of at least {least}")
 
+        if not isinstance(self.exact, Adjoint):
+            raise InputError(f"Annealing(exact={self.exact!r}): write an adjoint, mm.Stepwise()")
+
     def __call__(self, learner: MetaLearner, step: int) -> None:
         """Sets what outer step ``step`` asks for."""
         self.apply(learner, step // self.iterations)
@@ -162,7 +170,9 @@ def cosine_by_epoch(
 
         return at if rate else lambda step: 1.0
 
-    return LambdaLR(optimizer, [share(group["lr"]) for group in optimizer.param_groups])
+    # LambdaLR writes "lr" in place where it is a tensor, and starts from "initial_lr" where a schedule has been before.
+    rates = [float(group.get("initial_lr", group["lr"])) for group in optimizer.param_groups]
+    return LambdaLR(optimizer, [share(rate) for rate in rates])
 
 
 @torch.no_grad()

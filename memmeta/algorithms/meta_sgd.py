@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 
 import torch
@@ -45,11 +46,14 @@ def meta_sgd(
         execution: how inner steps are run, see ``mm.MetaLearner``.
 
     Raises:
-        InputError: bounds of ``lr`` in the wrong order.
+        InputError: ``lr`` is no number and no pair of them, or the larger bound comes first.
 
     Source: https://arxiv.org/abs/1707.09835.
     """
-    low, high = lr if isinstance(lr, tuple) else (lr, lr)
+    bounds = lr if isinstance(lr, tuple) else (lr, lr)
+    if len(bounds) != 2 or not all(isinstance(x, (int, float)) and math.isfinite(x) for x in bounds):
+        raise InputError(f"lr={lr!r}: write a number, or the pair (low, high) that rates are drawn from")
+    low, high = bounds
     if low > high:
         raise InputError(f"lr=({low}, {high}): write the smaller bound first")
     problem = supervised(net, loss, metrics, adapt)

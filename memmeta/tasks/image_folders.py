@@ -112,7 +112,8 @@ class ImageFolders(TaskSource):
         return f"images: {self.ways}-way {self.shots}-shot, {self.split} split of {self.class_count} classes"
 
     def _classes(self) -> dict[str, tuple[str, ...]]:
-        return _listed(os.fspath(self.root), self.split)
+        # Absolute: what is kept is of a folder, and not of a name that another working folder gives to another.
+        return _listed(os.path.abspath(os.path.expanduser(self.root)), self.split)
 
     def _batch(self, rows: list[list[str]]) -> tuple[torch.Tensor, torch.Tensor]:
         """Images per class, each of ``ways`` paths, as a batch of images and targets."""
@@ -127,7 +128,7 @@ class ImageFolders(TaskSource):
 @functools.lru_cache(maxsize=64)
 def _listed(root: str, split: str) -> dict[str, tuple[str, ...]]:
     """The paths of a split's images by class, both sorted; read once in a process."""
-    base = Path(root).expanduser()
+    base = Path(root)
     if not base.is_dir():
         raise InputError(f"the folder of images {root!r} does not exist: make {_LAYOUTS}")
     for name in _FOLDERS[split]:
@@ -153,17 +154,24 @@ def _images(folder: Path) -> tuple[str, ...]:
 
 
 def _from_table(table: Path, images: Path) -> dict[str, tuple[str, ...]]:
-    found: dict[str, list[str]] = {}
+    labels: dict[str, str] = {}
     try:
-        with table.open(newline="", encoding="utf-8") as file:
-            for row in csv.DictReader(file):
-                found.setdefault(row["label"], []).append(os.fspath(images / row["filename"]))
-    except (KeyError, TypeError, csv.Error, UnicodeDecodeError) as error:
+        with table.open(newline="", encoding="utf-8-sig") as file:
+            for number, row in enumerate(csv.DictReader(file), 2):
+                name, label = row["filename"], row["label"]
+                if not name or not label:
+                    raise InputError(f"line {number} of {os.fspath(table)!r} has no filename or no label: write both")
+                if labels.setdefault(name, label) != label:
+                    raise InputError(f"{os.fspath(table)!r} gives {name!r} the labels {labels[name]!r} and {label!r}")
+    except (KeyError, csv.Error, UnicodeDecodeError) as error:
         raise InputError(
             f"{os.fspath(table)!r} is no table with the columns filename and label ({error!r}): make {_LAYOUTS}"
         ) from error
-    if not found:
+    if not labels:
         raise InputError(f"{os.fspath(table)!r} names no images: make {_LAYOUTS}")
+    found: dict[str, list[str]] = {}
+    for name, label in labels.items():
+        found.setdefault(label, []).append(os.fspath(images / name))
     return {label: tuple(sorted(paths)) for label, paths in sorted(found.items())}
 
 

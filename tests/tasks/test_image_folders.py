@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from memmeta.errors import InputError
-from memmeta.tasks import ImageFolders
+from memmeta.tasks import ImageFolders, image_folders
 
 images = pytest.importorskip("PIL.Image")
 
@@ -86,6 +86,17 @@ def test_folders_and_tables_give_equal_tasks(folders: Path, tables: Path) -> Non
         assert all(_same(one.task(1, 2, i), other.task(1, 2, i)) for i in range(4))
 
 
+def test_a_relative_root_is_that_of_the_working_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    means = []
+    for name, shade in (("one", 0), ("other", 5)):
+        for colour in range(3):
+            for number in range(5):
+                _image(tmp_path / name / "data" / "train" / f"n{colour}" / f"{number}.png", colour + shade, number)
+        monkeypatch.chdir(tmp_path / name)
+        means.append(_source(Path("data")).task(0, 0, 0).support[0].mean().item())
+    assert means[0] != means[1]
+
+
 def test_same_address_same_bits(folders: Path, random_state: Callable[[], Any]) -> None:
     source, before = _source(folders), random_state()
     forward = [source.task(5, 1, i) for i in range(4)]
@@ -138,12 +149,28 @@ def test_missing_parts_are_named(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "message"), [("a,b\n1,2\n", "no table with the columns"), ("filename,label\n", "names no")]
+    ("text", "message"),
+    [
+        ("a,b\n1,2\n", "no table with the columns"),
+        ("filename,label\n", "names no"),
+        ("filename,label\na.png,x\nb.png\n", "line 3 of .* has no filename or no label"),
+        ("filename,label\na.png,x\nb.png,\n", "line 3 of .* has no filename or no label"),
+        ("filename,label\na.png,x\na.png,y\n", "gives 'a.png' the labels 'x' and 'y'"),
+    ],
 )
 def test_tables_that_are_none(tmp_path: Path, text: str, message: str) -> None:
     (tmp_path / "train.csv").write_text(text)
     with pytest.raises(InputError, match=message):
         _source(tmp_path)
+
+
+def test_tables_of_spreadsheets_and_with_a_row_twice(tables: Path) -> None:
+    wanted = _source(tables).task(0, 0, 0)
+    table = tables / "train.csv"
+    lines = table.read_text().splitlines()
+    table.write_text("\n".join([*lines, *lines[1:]]) + "\n", encoding="utf-8-sig")
+    image_folders._listed.cache_clear()
+    assert _same(_source(tables).task(0, 0, 0), wanted)
 
 
 def test_a_damaged_image_is_named(folders: Path) -> None:
