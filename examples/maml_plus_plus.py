@@ -181,7 +181,7 @@ def main() -> None:
     parser.add_argument("--data-dir", help="folder with Omniglot's files; printed letters if not given")
     parser.add_argument("--seeds", type=int, default=3, help="runs of MAML and of MAML++")
     parser.add_argument("--part-seeds", type=int, default=3, help="runs of MAML with one part")
-    parser.add_argument("--jobs", type=int, default=1, help="runs at a time, each in a process of its own")
+    parser.add_argument("--jobs", type=int, default=2, help="runs at a time, each in a process of its own")
     showing.present(parser.parse_args(), measure)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import pairwise
-from statistics import fmean, pstdev
+from statistics import fmean, stdev
 from typing import Any
 
 import numpy as np
@@ -46,21 +46,22 @@ def sheets(runs: Sequence[Run], ways: int) -> tuple[Sheet, ...]:
 def _line(name: str, runs: Sequence[Run]) -> tuple[str, ...]:
     moves = [unevenness(run.curve) for run in runs]
     epochs = len(runs[0].curve)
-    apart = [pstdev(run.curve[epoch] for run in runs) for epoch in range(epochs // 2, epochs)]
+    many = len(runs) > 1
+    apart = [stdev(run.curve[epoch] for run in runs) for epoch in range(epochs // 2, epochs) if many]
     return (
         name,
         _spread([run.accuracy[0] for run in runs]),
         _spread([run.ensemble[0] for run in runs]),
         f"{100 * fmean(move[0] for move in moves):.1f}%",
         f"{100 * max(move[1] for move in moves):.1f}%",
-        f"{100 * fmean(apart):.1f}%" if len(runs) > 1 else "",
+        f"{100 * fmean(apart):.1f}%" if many else "",
         _PUBLISHED.get(name, ""),
     )
 
 
 def _spread(values: Sequence[float]) -> str:
     mean = f"{100 * fmean(values):.1f}%"
-    return f"{mean} ± {100 * pstdev(values):.1f}%" if len(values) > 1 else mean
+    return f"{mean} ± {100 * stdev(values):.1f}%" if len(values) > 1 else mean
 
 
 def learned(runs: Sequence[Run]) -> dict[str, list[float]]:
@@ -136,8 +137,9 @@ def _heat(figure: Figure, axes: Axes, runs: Sequence[Run]) -> None:
     axes.set_xticks(range(values.shape[1]), [str(t + 1) for t in range(values.shape[1])])
     axes.set_yticks(range(len(rates)), layers(rates))
     for (row, column), value in np.ndenumerate(values):
-        dark = abs(value) > 0.6 * largest
-        axes.text(column, row, f"{value:.2f}", ha="center", va="center", fontsize=7, color="w" if dark else "k")
+        colour = "w" if abs(value) > 0.6 * largest else "#B2182B" if value < 0 else "k"
+        weight = "bold" if value < 0 else "normal"
+        axes.text(column, row, f"{value:.2f}", ha="center", va="center", fontsize=7, color=colour, fontweight=weight)
     axes.set_xlabel("inner step")
     axes.set_title("Learned rates (red: negative)")
     figure.colorbar(image, ax=axes, shrink=0.9)
