@@ -29,7 +29,7 @@ import torch
 from character_picture import draw
 from character_transformer import Transformer, next_character
 from library_texts import CHARACTERS, SPLITS, Passages, library
-from showing import Shown, command, present
+from showing import Shown, command, interval, present
 from torch import Tensor, nn
 
 import memmeta as mm
@@ -50,7 +50,7 @@ class Setting:
     meta_batch: int = 3
     tuned_on: int = 1  # passages of each validation source
     tested_on: int = 3  # passages of each test source
-    rates: tuple[float, ...] = (0.03, 0.06, 0.1, 0.2)
+    rates: tuple[float, ...] = (0.03, 0.06, 0.1, 0.2, 0.4)
     adam_rates: tuple[float, ...] = (5e-4, 1e-3, 2e-3)
 
     def gradients(self) -> int:
@@ -157,16 +157,11 @@ class Adaptation:
 
     def interval(self, t: int) -> tuple[float, float]:
         """The mean over sources and its 95% half-width."""
-        return _interval([values[t] for values in self.by_source.values()])
+        return interval([values[t] for values in self.by_source.values()])
 
     def gain(self, other: Adaptation) -> tuple[float, float]:
         """By how many bits this is better than another one after T steps: over sources, each with itself."""
-        return _interval([other.by_source[name][-1] - values[-1] for name, values in self.by_source.items()])
-
-
-def _interval(values: Sequence[float]) -> tuple[float, float]:
-    spread = statistics.stdev(values) if len(values) > 1 else 0.0
-    return statistics.fmean(values), 1.96 * spread / math.sqrt(len(values))
+        return interval([other.by_source[name][-1] - values[-1] for name, values in self.by_source.items()])
 
 
 def adaptation(learner: mm.MetaLearner, source: Passages, passages: int) -> Adaptation:
@@ -208,22 +203,24 @@ def _stream(setting: Setting, seed: int, steps: int) -> Iterator[mm.Task]:
 def trained(setting: Setting) -> Study:
     """Pre-train; go on by MAML, and by plain training; tune the inner rates of what was trained plainly."""
     study, net = Study({}, {}, {}), setting.network()
+    grids: Sequence[tuple[Rule, Sequence[float]]] = ((sgd, setting.rates), (adam, setting.adam_rates))
 
     def enter(name: str, net: nn.Module, rule: mm.InnerOptimizer, words: str) -> None:
         study.learners[name], study.rules[name] = learner_of(net, rule, setting), words
 
     study.training[PRE] = plain_training(net, _stream(setting, 0, setting.pretraining), setting.pretraining, FIRST_RATE)
-    first = tuned(net, sgd, setting.rates, setting)
-    enter(PRE, net, sgd(first), f"SGD, {first:g}")
+    first = {rule: tuned(net, rule, rates, setting) for rule, rates in grids}
+    for rule, rate in first.items():
+        enter(f"{PRE}; {WORDS[rule]}", net, rule(rate), f"{WORDS[rule]}, {rate:g}")
     tasks, further = setting.outer_steps * setting.meta_batch, net
     for name, steps in {TEXT: tasks, COMPUTE: tasks * setting.gradients() // 2}.items():
         further = copy.deepcopy(net)
         study.training[name] = plain_training(further, _stream(setting, 1, steps), steps, LATER_RATE)
-        for rule, rates in ((sgd, setting.rates), (adam, setting.adam_rates)):
+        for rule, rates in grids:
             rate = tuned(further, rule, rates, setting)
             enter(f"{name}; {WORDS[rule]}", further, rule(rate), f"{WORDS[rule]}, {rate:g}")
-    for name, rule, rate in ((MAML_SGD, sgd, first), (MAML, adam, tuned(net, adam, setting.adam_rates, setting))):
-        learner, study.training[name] = maml_training(copy.deepcopy(net), rule, rate, setting)
+    for name, rule in ((MAML_SGD, sgd), (MAML, adam)):
+        learner, study.training[name] = maml_training(copy.deepcopy(net), rule, first[rule], setting)
         enter(f"{COMPUTE}; {WORDS[rule]}{BORROWED}", further, learner.optimizer, f"{WORDS[rule]}, MAML's rates")
         study.learners[name], study.rules[name] = learner, f"{WORDS[rule]}, learned rates"
     return study
@@ -243,11 +240,13 @@ def measure(options: argparse.Namespace) -> Shown:
     hand = {name: found[MAML].gain(found[name]) for name in plain}
     closest = min(hand, key=lambda name: hand[name][0])
     gain, margin = hand[closest]
-    borrowed, _ = found[f"{COMPUTE}; Adam{BORROWED}"].interval(setting.steps)
+    given = found[f"{COMPUTE}; Adam{BORROWED}"]
+    less, error = given.gain(found[MAML])
     headline = (
         f"MAML: {after:.3f} ± {spread:.3f} bits per character on modules never seen after {setting.steps} steps; the "
         f"best of plain training with a tuned rate ({closest}) takes {abs(gain):.3f} ± {margin:.3f} "
-        f"{'more' if gain > 0 else 'fewer'}. Plain training for as many gradients, given MAML's rates: {borrowed:.3f}."
+        f"{'more' if gain > 0 else 'fewer'}. With MAML's rates, plainly trained weights take {abs(less):.3f} ± "
+        f"{error:.3f} {'fewer' if less > 0 else 'more'} than MAML's own"
     )
     lines = tuple(_line(name, study.rules[name], found, setting) for name in found)
     sheet = Sheet(

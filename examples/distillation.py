@@ -25,7 +25,7 @@ import torch
 import torch.nn.functional as F
 from digits import Digits, digits
 from distillation_picture import draw
-from showing import Shown, command, present
+from showing import Shown, command, interval, present
 from torch import Tensor
 
 import memmeta as mm
@@ -142,11 +142,12 @@ def distil(start: Distilled, train: Digits, held_out: Digits, adjoint: mm.Adjoin
 
 
 def scored(images: Distilled, data: Digits, setting: Setting, steps: int | None = None) -> tuple[float, float]:
-    """Accuracy of fresh networks trained on these images: the mean, and 95% of it over networks."""
+    """Accuracy of fresh networks trained on these images: the mean over networks, and the half-width of its 95%
+    interval."""
     networks = initial(setting.tested, setting.hidden, torch.Generator().manual_seed(2), images.images.dtype)
     with torch.no_grad():
         scores = accuracy(images.train(networks, setting.steps if steps is None else steps, mm.Stepwise()), data)
-    return scores.mean().item(), 1.96 * scores.std().item() / len(scores) ** 0.5
+    return interval(scores.tolist())
 
 
 def best_rate(images: Distilled, train: Digits, setting: Setting) -> Distilled:

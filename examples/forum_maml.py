@@ -17,8 +17,6 @@ from __future__ import annotations
 
 import argparse
 import math
-import subprocess
-import sys
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -27,8 +25,7 @@ from typing import Any
 
 import torch
 from forum_picture import draw
-from safetensors.torch import load_file
-from showing import Shown, command, present
+from showing import Shown, command, present, train_by_command
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -158,15 +155,9 @@ def train(steps: int, workers: int) -> Trained:
         InputError: the command can't run, for instance without Ray.
     """
     with tempfile.TemporaryDirectory() as folder:
-        options = ["--steps", str(steps), "--threads", "1", "--device", "cpu", "--workers", str(workers)]
-        where = ["--address", "local"] if workers else []
-        run = [sys.executable, "-m", "memmeta_workers.cli", "train", __file__, "--run-dir", f"{folder}/run"]
-        done = subprocess.run([*run, *options, *where], cwd=folder, capture_output=True, text=True)
-        if done.returncode:
-            last = (done.stderr.strip().splitlines() or ["no message"])[-1]
-            raise mm.InputError(f"memmeta train --workers {workers} ended with {done.returncode}: {last}")
-        saved = load_file(f"{folder}/run/checkpoints/step-{steps:08d}/meta.safetensors")
-        losses = [line["values"]["loss"] for line in RunFolder(Path(folder, "run")).metrics()]
+        run = Path(folder, "run")
+        saved = train_by_command(__file__, run, steps, workers)
+        losses = [line["values"]["loss"] for line in RunFolder(run).metrics()]
     (weights,) = saved.values()
     return Trained(weights[0], losses)
 

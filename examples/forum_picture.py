@@ -56,8 +56,7 @@ def _losses(axes: Axes, losses: Mapping[str, list[float]]) -> None:
     for index, (name, values) in enumerate(losses.items()):
         width = 6.0 - 2.4 * index
         axes.plot(values, label=name, color=COLOURS[index], linestyle=STYLES[index], linewidth=max(width, 1.2))
-    axes.set(
-        xlabel="outer step", ylabel="outer loss, mean over tasks", title="One task per worker, averaged: the same curve"
-    )
+    axes.set(xlabel="outer step", ylabel="outer loss, mean over tasks")
+    axes.set_title("4 tasks on 2 workers, averaged: the same curve")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.legend()

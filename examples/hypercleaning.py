@@ -215,7 +215,9 @@ def measure(options: argparse.Namespace) -> Shown:
     n = setting.training
     found = {"reverse, exact": cleaned(data, setting, mm.Stepwise(), n)}
     for window in setting.learned_windows:
-        found[f"reverse, last {window} steps"] = cleaned(data, setting, mm.Stepwise(window=window), n)
+        found[f"reverse, last {'step' if window == 1 else f'{window} steps'}"] = cleaned(
+            data, setting, mm.Stepwise(window=window), n
+        )
     found["in real time"] = cleaned_in_real_time(data, setting)
     found[f"forward, {setting.sources} sources"] = cleaned(data, setting, mm.Forward(), setting.sources)
     figures = {

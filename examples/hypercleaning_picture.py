@@ -35,7 +35,8 @@ def _learning(axes: Axes, methods: Mapping[str, Mapping[str, Any]]) -> None:
     for (name, found), colour, style in zip(methods.items(), COLOURS, STYLES, strict=False):
         axes.plot(found["seconds"], found["losses"], color=colour, linestyle=style, label=name)
     axes.set(title="Learning", xlabel="seconds", ylabel="validation loss", xscale="log")
-    axes.legend(frameon=False)
+    axes.set_ylim(top=1.35 * axes.get_ylim()[1])
+    axes.legend(frameon=False, ncols=2, loc="upper center")
 
 
 def _truncation(axes: Axes, errors: Mapping[int, float]) -> None:

@@ -1,4 +1,4 @@
-"""Section 3 of ``hybrid_hyperopt.py``: a learning rate found by looking one step, ten steps or a whole run ahead."""
+"""Section 3 of ``hybrid_hyperopt.py``: a rate found by looking one step ahead, in real time, or a whole run ahead."""
 
 from __future__ import annotations
 

@@ -15,8 +15,6 @@ task as stated solved, whatever G: three such steps hardly move a start. At 1.0 
 from __future__ import annotations
 
 import argparse
-import subprocess
-import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -26,9 +24,8 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from matplotlib.figure import Figure
-from safetensors.torch import load_file
 from separability import best_line, separability
-from showing import COLOURS, STYLES, Shown, command, present
+from showing import COLOURS, STYLES, Shown, command, present, train_by_command
 from torch import Tensor, nn
 
 import memmeta as mm
@@ -134,18 +131,10 @@ def trained(
     return found
 
 
-def by_command(workers: int, draws: int = 4, steps: int = 20) -> Tensor:
+def by_command(workers: int, draws: int = 8, steps: int = 500) -> Tensor:
     """X after ``memmeta train`` with so many workers on a Ray cluster of its own; 0: in one process without Ray."""
     with tempfile.TemporaryDirectory() as folder:
-        run = Path(folder) / "run"
-        options = {"draws": draws, "steps": steps, "workers": workers, "threads": 1, "run-dir": run}
-        if workers:
-            options["address"] = "local"
-        words = [word for name, value in options.items() for word in (f"--{name}", str(value))]
-        subprocess.run(
-            [sys.executable, "-m", "memmeta_workers.cli", "train", __file__, *words], check=True, capture_output=True
-        )
-        return load_file(run / "checkpoints" / f"step-{steps:08d}" / "meta.safetensors")["parameter.net.X"]
+        return train_by_command(__file__, Path(folder, "run"), steps, workers, draws=draws)["parameter.net.X"]
 
 
 def measure(options: argparse.Namespace) -> Shown:
@@ -193,7 +182,7 @@ def claims(runs: Sequence[Trained], same: bool | None) -> Sheet:
             ("the more workers, the better the classes come apart", "pictures for G = 1 / 2 / 4 / 8", apart),
             ("three inner steps tell the classes apart", "as the task, no figure", f"{mean(usual):.1%} at both rates"),
             (f"the same at inner lr {SOLVING_RATE:g}", "-", f"{solved} at G = 1 / 8"),
-            ("workers compute what one process does", "-", f"X after 20 steps, 0 and 2 workers: {bits}"),
+            ("workers compute what one process does", "-", f"X after 500 steps, G = 8, 0 and 2 workers: {bits}"),
         ),
     )
 
@@ -231,31 +220,40 @@ def draw(figure: Figure, runs: Sequence[Trained], before: float) -> None:
     grid = figure.subplots(2, 5, gridspec_kw={"width_ratios": [1, 1, 1, 1, 1.25]})
     for row, rate in enumerate(RATES):
         for column, draws in enumerate(DRAWS):
-            _points(grid[row, column], next(run for run in _at(runs, rate, draws) if run.seed == 0))
+            _points(grid[row, column], _usual(_at(runs, rate, draws)))
         grid[row, 0].set_ylabel(f"inner lr {rate:g}\n$x_2$")
+    grid[0, 0].legend(loc="upper left", handletextpad=0.1, borderpad=0.2)
     for axes in grid[1, :4]:
         axes.set_xlabel("$x_1$")
     _curves(grid[0, 4], runs, "separability", RATES)
     grid[0, 4].axhline(100 * before, color=COLOURS[7], linestyle=STYLES[3], label="before training")
-    grid[0, 4].set(title="how separable X is, all seeds", ylabel="points right of the best line, %")
+    grid[0, 4].set(title="how separable X is, all seeds", ylabel="correctly separated, %")
     _curves(grid[1, 4], runs, "accuracy", (*RATES, SOLVING_RATE))
-    grid[1, 4].set(title="the task as stated, all seeds", ylabel="right after 3 inner steps, %", ylim=(40, 103))
+    grid[1, 4].set(title="the task as stated, all seeds", ylabel="correct after 3 inner steps, %", ylim=(40, 103))
     grid[1, 4].set_xlabel("workers G, a draw each")
     grid[0, 4].legend(loc="lower right")
     grid[1, 4].legend(loc="center right")
+
+
+def _usual(runs: Sequence[Trained]) -> Trained:
+    """The run whose points are the nearest to the mean in how separable they are."""
+    middle = mean(run.separability for run in runs)
+    return min(runs, key=lambda run: abs(run.separability - middle))
 
 
 def _points(axes: Any, run: Trained) -> None:
     """The points of one run, and the line that separates them best."""
     X, v = run.points, best_line(run.points)
     for half, colour, marker in ((X[:50], COLOURS[0], "o"), (X[50:], COLOURS[4], "^")):
-        axes.scatter(*half.T.tolist(), s=11, color=colour, marker=marker, linewidths=0)
+        label = "class 0" if marker == "o" else "class 1"
+        axes.scatter(*half.T.tolist(), s=11, color=colour, marker=marker, linewidths=0, label=label)
     reach = 1.08 * X.abs().max().item()
     middle, along = -v[2] * v[:2] / v[:2].square().sum(), torch.stack([-v[1], v[0]]) / v[:2].norm()
     ends = torch.stack([middle - 4 * reach * along, middle + 4 * reach * along])
     axes.plot(*ends.T.tolist(), color=COLOURS[6], linewidth=1.2)
     axes.set(xlim=(-reach, reach), ylim=(-reach, reach), aspect="equal")
-    axes.set_title(f"G = {run.draws}: {run.separability:.0%} separable")
+    axes.locator_params(nbins=5)
+    axes.set_title(f"G = {run.draws}, seed {run.seed}: {run.separability:.0%} separable")
 
 
 def _curves(axes: Any, runs: Sequence[Trained], value: str, rates: Sequence[float]) -> None:

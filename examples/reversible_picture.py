@@ -30,9 +30,7 @@ def _schedules(axes: Axes, rates: Mapping[str, Sequence[float]]) -> None:
 
 
 def _curves(axes: Axes, runs: Mapping[str, Mapping[str, Sequence[Any]]]) -> None:
-    styles: dict[str, tuple[str, Any]] = dict(
-        zip(runs, zip((*COLOURS[:2], *COLOURS[3:6]), STYLES[1:], strict=False), strict=False)
-    )
+    styles: dict[str, tuple[str, Any]] = dict(zip(runs, zip(COLOURS[:6], STYLES[1:], strict=False), strict=False))
     styles["learned schedule"] = (COLOURS[6], "-")
     for name, found in runs.items():
         mean, (colour, style) = np.asarray(found["curve"]).mean(0), styles[name]

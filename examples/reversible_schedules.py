@@ -39,6 +39,8 @@ import memmeta as mm
 from memmeta.memory import in_bytes
 from memmeta_bench.tables import Sheet
 
+DECAY = "linear decay from"
+
 
 @dataclass(frozen=True)
 class Setting:
@@ -54,11 +56,17 @@ class Setting:
     outer_rate: float = 0.1
     tests: int = 5
     constants: tuple[float, ...] = (0.005, 0.01, 0.02, 0.05)
+    decays: tuple[float, ...] = (0.02, 0.05)
 
     def schedule(self, rate: float) -> Params:
         """The logarithms of constant rates, by layer, each of shape (steps,)."""
         full = torch.full((self.steps,), math.log(rate), dtype=torch.float64)
         return {name: full.clone() for name in start(self.sizes, 0)}
+
+    def decay(self, rate: float) -> Params:
+        """The same of rates that fall along a line, to a hundredth."""
+        falling = torch.linspace(1.0, 0.01, self.steps, dtype=torch.float64).log()
+        return {name: x + falling for name, x in self.schedule(rate).items()}
 
 
 def minibatches(data: Digits, setting: Setting, seed: int) -> list[Digits]:
@@ -172,6 +180,7 @@ def measure(options: argparse.Namespace) -> Shown:
     best = min(by_rate, key=lambda rate: _mean(by_rate[rate]["training loss"]))
     trainings = {
         **{_named(rate, best, setting): found for rate, found in by_rate.items()},
+        **{f"{DECAY} {rate:g}": runs(setting.decay(rate), train, held_out, setting) for rate in setting.decays},
         "learned schedule": runs(learned, train, held_out, setting),
     }
     made, image_losses = ten.learn(images, train)
@@ -228,12 +237,14 @@ def _named(rate: float, best: float, setting: Setting) -> str:
 def _headline(data: dict[str, Any], setting: Setting, images: ten.Setting) -> str:
     losses = {name: _mean(found["training loss"]) for name, found in data["runs"].items()}
     learned = losses.pop("learned schedule")
+    decay = min(loss for name, loss in losses.items() if name.startswith(DECAY))
+    constant = min(loss for name, loss in losses.items() if not name.startswith(DECAY))
     made, _, real = (100 * _mean(values) for values in data["accuracy after training on ten images"].values())
     rates = setting.steps * (len(setting.sizes) - 1)
     return (
         f"{rates:,} rates learned through {setting.steps:,} reversed steps: training loss {learned:.3g} (best constant "
-        f"rate: {min(losses.values()):.3g}); trained on ten learned images alone for {images.steps} steps, a network "
-        f"gets {made:.1f}% of held-out digits right (on ten real images: {real:.1f}%)"
+        f"rate: {constant:.3g}, best linear decay: {decay:.3g}); trained on ten learned images alone for "
+        f"{images.steps} steps, a network gets {made:.1f}% of held-out digits right (on ten real images: {real:.1f}%)"
     )
 
 

@@ -12,9 +12,10 @@ import argparse
 import json
 import math
 import os
+import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,8 @@ from typing import Any
 import matplotlib
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from safetensors.torch import load_file
+from torch import Tensor
 
 from memmeta.errors import InputError
 from memmeta_bench import record
@@ -94,6 +97,30 @@ def present(options: argparse.Namespace, measure: Callable[[argparse.Namespace],
     lines = (f"{json.dumps(key)}: {json.dumps(value, allow_nan=False)}" for key, value in content.items())
     _replace(options.out / f"{name}.json", "{\n" + ",\n".join(lines) + "\n}\n")
     print(f"picture: {picture}")
+
+
+def interval(values: Sequence[float]) -> tuple[float, float]:
+    """Mean and half-width of its 95% interval, 1.96 standard errors; 0 for a single value."""
+    mean = math.fsum(values) / len(values)
+    variance = math.fsum((x - mean) ** 2 for x in values) / max(len(values) - 1, 1)
+    return mean, 1.96 * math.sqrt(variance / len(values))
+
+
+def train_by_command(file: str, run: Path, steps: int, workers: int, **options: int) -> dict[str, Tensor]:
+    """The meta-parameters, by name, after ``memmeta train FILE`` in the run folder ``run``; with workers, on a Ray
+    cluster of its own.
+
+    Raises:
+        InputError: the command can't run, for instance without Ray.
+    """
+    words = [sys.executable, "-m", "memmeta_workers.cli", "train", file, "--run-dir", str(run), "--device", "cpu"]
+    for name, value in {"steps": steps, "threads": 1, "workers": workers, **options}.items():
+        words += [f"--{name}", str(value)]
+    done = subprocess.run(words + ["--address", "local"] * bool(workers), capture_output=True, text=True)
+    if done.returncode:
+        last = (done.stderr.strip().splitlines() or ["no message"])[-1]
+        raise InputError(f"memmeta train --workers {workers} ended with {done.returncode}: {last}")
+    return load_file(run / "checkpoints" / f"step-{steps:08d}" / "meta.safetensors")
 
 
 def _rounded(value: Any) -> Any:

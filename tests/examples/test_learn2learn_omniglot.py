@@ -44,7 +44,7 @@ def test_a_run_learns_from_its_tasks() -> None:
     tasks = example.task_set(example.characters("train", None, 8))
     run = example.train(example.WAYS_TO_LEARN["maml-mm"], tasks, tasks, 2, 2)
     assert len(run.losses) == len(run.accuracies) == 2
-    assert run.held_out is not None
+    assert len(run.held_out) == 2
     other = example.train(example.WAYS_TO_LEARN["maml-l2l"], tasks, tasks, 1, 0)
     assert other.losses[0] == pytest.approx(run.losses[0], abs=1e-5)
     assert run.losses[0] != run.losses[1]
