@@ -27,8 +27,9 @@ from .adjoints.recomputed import Recomputed
 from .closures import frozen
 from .errors import InputError
 from .microbatch import Microbatch
-from .optimizers import SGD, BoundRule
+from .optimizers import BoundRule
 from .optimizers.base import Hyper
+from .optimizers.sgd import ElementwiseSGD
 from .places import copied, refuse_checkpoints
 from .problem import BoundProblem, Problem, Selection
 from .randomness import drawn_seed
@@ -36,7 +37,6 @@ from .rollout import Autocast, Leaves, Rollout, settled
 from .trees import Tensors
 
 Closure = Callable[[], Tensor]
-_MANY = 1 << 62  # inner steps that no vector of rates is long enough for: none is read as one rate per step
 
 
 class Cloneable(nn.Module, abc.ABC):
@@ -67,8 +67,8 @@ class Cloneable(nn.Module, abc.ABC):
 
     def clone(self, first_order: bool | None = None) -> Clone:
         """The network before its first inner step."""
-        problem, rule = self._problem.bind(), SGD(lr=self.rates())
-        bound = rule.bind(problem.adapted, _MANY)
+        problem, rule = self._problem.bind(), ElementwiseSGD(lr=self.rates())
+        bound = rule.bind(problem.adapted, 1)
         first = self.first_order if first_order is None else first_order
         stage = _Stage(self, problem, tuple(self.module.modules()), bound, rule.hyperparameters(), first)
         return Clone(stage, dict(problem.adapted), copied(problem.buffers()), stage.modes())
@@ -87,7 +87,7 @@ class MAML(Cloneable):
         self.lr = lr
         if isinstance(lr, Mapping):
             self.lrs = nn.ParameterList(rate for rate in lr.values() if isinstance(rate, nn.Parameter))
-        SGD(lr=lr).bind(self._problem.adapted(), _MANY)
+        ElementwiseSGD(lr=lr).bind(self._problem.adapted(), 1)
 
     def rates(self) -> Hyper:
         return self.lr

@@ -89,6 +89,27 @@ def test_meta_sgd_learns_a_rate_for_every_element(chunk: int) -> None:
     assert sum(p.numel() for p in learner.parameters()) == 2 * sum(p.numel() for p in leaves.values())
 
 
+def test_meta_sgd_of_vectors_as_long_as_the_inner_loop() -> None:
+    """A rate of (2,) for the one adapted parameter of (2,) is one for each element, however many steps there are."""
+    net: Any = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)).double()
+    learner = mm.meta_sgd(net, loss=F.mse_loss, adapt="2.bias", lr=RATE, steps=2)
+    batch = torch.randn(5, 3, dtype=torch.float64), torch.randn(5, 2, dtype=torch.float64)
+    learner.accumulate([(batch, batch)])
+    (rate,) = learner.hyper.values()
+    bias = net[2].bias.detach().clone()
+    leaf = torch.full_like(bias, RATE, requires_grad=True)
+    moved: Tensor = net[2].bias
+    hidden = torch.tanh(net[0](batch[0]))
+    for _ in range(2):
+        loss = F.mse_loss(F.linear(hidden, net[2].weight, moved), batch[1])
+        (grad,) = torch.autograd.grad(loss, moved, create_graph=True)
+        moved = moved - leaf * grad
+    (wanted,) = torch.autograd.grad(F.mse_loss(F.linear(hidden, net[2].weight, moved), batch[1]), leaf)
+    assert rate.grad is not None
+    assert (rate.grad - wanted).abs().max() < 1e-12
+    learner.evaluate([(batch, batch)], steps=1)
+
+
 def test_meta_sgds_rates_are_drawn_between_the_papers_bounds() -> None:
     torch.manual_seed(3)
     learner = mm.meta_sgd(mlp(), loss=F.mse_loss)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ..adjoints import Adjoint
 from ..errors import InputError
 from ..learner import MetaLearner
-from ..optimizers import SGD
+from ..optimizers.sgd import ElementwiseSGD
 from ..problem import Selection
 from ..programs import Execution
 from .maml import Metric, supervised
@@ -61,4 +61,4 @@ def meta_sgd(
     for name, p in problem.adapted().items():
         start = low + (high - low) * float(torch.rand(())) if high > low else low
         rates[name] = torch.full_like(p, start, requires_grad=True)
-    return MetaLearner(problem, optimizer=SGD(lr=rates), steps=steps, adjoint=adjoint, execution=execution)
+    return MetaLearner(problem, optimizer=ElementwiseSGD(lr=rates), steps=steps, adjoint=adjoint, execution=execution)

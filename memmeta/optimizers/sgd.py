@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -9,7 +10,9 @@ from torch import Tensor
 
 from ..errors import InputError
 from ..trees import Tensors
-from .base import Hyper, InnerOptimizer, Values, check_range, decay, is_zero, move
+from .base import BoundRule, Hyper, InnerOptimizer, Values, check_range, decay, is_zero, move
+
+_NEVER = 1 << 62  # inner steps that no vector is long enough for
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,3 +61,11 @@ class SGD(InnerOptimizer):
         buffer = grad if t == 0 else h["momentum"] * slots["momentum"] + (1 - h["dampening"]) * grad
         direction = grad + h["momentum"] * buffer if self.nesterov else buffer
         return move(param, direction, h["lr"]), {"momentum": buffer}
+
+
+@dataclass(frozen=True, eq=False)
+class ElementwiseSGD(SGD):
+    """SGD whose vectors are values for the elements of a parameter, and never one for each inner step."""
+
+    def bind(self, params: Mapping[str, Tensor], steps: int) -> BoundRule:
+        return super().bind(params, _NEVER)
