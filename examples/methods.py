@@ -60,7 +60,7 @@ class Budget:
     points: int = 10
 
 
-FULL, QUICK = Budget(), Budget(30, 2, 1, 10, 2)
+FULL, QUICK = Budget(), Budget(30, 2, 1, 10, 1)
 
 
 @dataclass(frozen=True)

@@ -155,7 +155,7 @@ def test_random_compositions_agree(setting: Setting, way: Way) -> None:
 
 
 @pytest.mark.slow
-@settings(max_examples=150, deadline=None, derandomize=True)
+@settings(max_examples=90, deadline=None, derandomize=True)
 @given(problems(), ways())
 def test_many_random_compositions_agree(setting: Setting, way: Way) -> None:
     agree(setting, way)

@@ -137,7 +137,6 @@ class Annealing:
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < least:
                 raise InputError(f"Annealing({name}={value!r}): write a whole number of at least {least}")
-
         if not isinstance(self.exact, Adjoint):
             raise InputError(f"Annealing(exact={self.exact!r}): write an adjoint, mm.Stepwise()")
 
