@@ -79,6 +79,7 @@ $(STAMP): pyproject.toml constraints.txt
 		-e ".[service,plots,examples,peers,dev]"
 	$(BIN)/pip install --disable-pip-version-check -q --use-pep517 --no-build-isolation --no-deps \
 		--config-settings="--global-option=build_ext" learn2learn==0.2.0
+	$(BIN)/python -m compileall -q memmeta workers  # once, where processes are told to write no bytecode
 	touch $(STAMP)
 
 clean:
